@@ -1,0 +1,681 @@
+"""The explorer: sample any run with any solver, watch every step, and measure what each network call buys.
+
+    python apps/explorer.py [--port 7860] [--host 127.0.0.1] [--runs NAME ...]
+"""
+import argparse
+import base64
+import html
+import logging
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import MISSING
+from dataclasses import dataclass
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+import torch
+
+from cudlab import plot
+from cudlab.core import Args
+from cudlab.core import guess
+from cudlab.core import settings
+from cudlab.core import spec
+from cudlab.core import use_threads
+from cudlab.data import load
+from cudlab.metrics import PROTOCOL
+from cudlab.metrics import comparable
+from cudlab.metrics import curve as missing
+from cudlab.path import GRIDS
+from cudlab.run import Run
+from cudlab.run import runs
+from cudlab.solver import SOLVERS
+from cudlab.solver import Trajectory
+from cudlab.solver import steps_for
+
+LOG = logging.getLogger("cudlab.explorer")
+MOST = dict(steps=256, nfe=1024, count=64, columns=33, scores=24, n=10_000)
+EVERY = 0.1
+SHARP = 2_000_000
+ANY = "any"
+
+
+# What a person asked for, checked
+
+@dataclass
+class Ask(Args):
+    "Everything on the form that decides a picture."
+    run: str = spec("", "the run to sample")
+    weights: str = spec("ema", "average or raw weights", choices=("ema", "raw"))
+    head: int = spec(1, "output head of the network", low=1, high=64)
+    solver: str = spec("euler", "solver", choices=tuple(SOLVERS))
+    by: str = spec("steps", "what the amount counts", choices=("steps", "NFE"))
+    amount: int = spec(8, "steps or NFE", low=1, high=MOST["nfe"])
+    grid: str = spec("uniform", "time grid", choices=tuple(GRIDS))
+    seed: int = spec(0, "seed of the starting noise", low=0, high=2**53 - 1)
+    count: int = spec(8, "samples", low=1, high=MOST["count"])
+    label: str = spec(ANY, "class")
+    guidance: float = spec(1.0, "guidance scale", low=0, high=20)
+
+
+NAMES = [f.name for f in fields(Ask)]
+
+
+def sentence(error: Exception) -> str:
+    "What went wrong in one line of at most 200 characters, safe to show as HTML."
+    words = " ".join(str(error).split()) or type(error).__name__
+    return html.escape(words if len(words) <= 190 else words[:187] + "...", quote=False)[:200]
+
+
+@contextmanager
+def in_words():
+    "Turn whatever goes wrong into one sentence for the person; the trace goes to the log."
+    try:
+        yield
+    except gr.Error:
+        raise
+    except ValueError as e:
+        raise gr.Error(sentence(e), duration=8, title="Not possible", print_exception=False) from None
+    except FileNotFoundError as e:
+        raise gr.Error(f"a file of this run is gone: {sentence(e)[:150]}", duration=8, title="Run changed", print_exception=False) from None
+    except torch.OutOfMemoryError:
+        raise gr.Error("not enough memory on the device: ask for fewer samples", duration=8, title="Not possible", print_exception=False) from None
+    except Exception as e:
+        LOG.exception("the explorer failed")
+        raise gr.Error(f"the explorer failed ({type(e).__name__}); the server's log says more", duration=8, print_exception=False) from None
+
+
+def moves(solver: str, by: str, amount: int) -> int:
+    "The number of moves an amount of steps or NFE stands for."
+    if by == "steps":
+        if amount > MOST["steps"]:
+            raise ValueError(f"steps = {amount} is out of range: at most {MOST['steps']}")
+        return amount
+    calls = SOLVERS[solver].calls
+    if calls is None:
+        raise ValueError(f"{solver} chooses its calls itself: ask for steps instead of NFE")
+    steps = steps_for(solver, amount)
+    if steps is None:
+        each = calls(1)
+        low, high = amount // each * each, (amount // each + 1) * each
+        raise ValueError(f"{solver} makes {each} calls a step, so NFE = {amount} is not possible; {f'{low} or {high}' if low else high} is")
+    if steps > MOST["steps"]:
+        raise ValueError(f"NFE = {amount} means {steps} steps; at most {MOST['steps']}")
+    return steps
+
+
+def cost(solver, by, amount) -> str:
+    "The line under the amount: steps and NFE, always both."
+    try:
+        ask = Ask(solver=solver, by=by, amount=amount)
+        steps, calls = moves(ask.solver, ask.by, ask.amount), SOLVERS[ask.solver].calls
+    except ValueError as e:
+        return f"<p class='cost bad' role='status'>{sentence(e)}</p>"
+    nfe = f"{calls(steps)} NFE" if calls else "NFE as needed"
+    return f"<p class='cost' role='status'><b>{steps}</b> {'step' if steps == 1 else 'steps'} <i>=</i> <b>{nfe}</b> <span>{html.escape(SOLVERS[ask.solver].source)}</span></p>"
+
+
+# Runs: known by id, opened once, read-only
+
+ONLY = []
+OPENED = OrderedDict()
+GUARD = threading.Lock()
+
+
+def listed() -> list:
+    "What the lab knows of its runs: yours first, the newest on top, then those that ship."
+    found = [r for r in runs() if not ONLY or r.name in ONLY]
+    shipped = settings().checkpoints_path
+    when = lambda r: manifest(r.path)[0]
+    yours = sorted((r for r in found if shipped not in Path(r.path).parents), key=when, reverse=True)
+    return yours + sorted((r for r in found if shipped in Path(r.path).parents), key=lambda r: r.name)
+
+
+def manifest(folder) -> tuple:
+    "When and how long the manifest of a run is: it changes whenever the run does."
+    try:
+        stat = (Path(folder) / "MANIFEST.json").stat()
+        return stat.st_mtime_ns, stat.st_size
+    except OSError:
+        return 0, 0
+
+
+def whole() -> dict:
+    "The runs that can be sampled, by id."
+    return {r.name: r for r in reversed(listed()) if not r.damaged}
+
+
+def menu() -> list:
+    "Choices of the run menu: (what a person reads, id)."
+    return [(f"{r.name}  ·  {r.method} on {r.data}", r.name) for r in listed() if not r.damaged]
+
+
+def opened(name) -> Run:
+    "An open run; the last four stay in memory as long as their manifests do not change."
+    if not isinstance(name, str) or not name:
+        raise ValueError("no run is chosen; train one with: python -m cudlab.run train")
+    known = {r.name: r for r in listed()}
+    if name not in known:
+        raise ValueError(f"the run {name[:60]!r} is not here (any more){guess(name, known)}; reload the page for the runs there are")
+    if known[name].damaged:
+        raise ValueError(f"the run {name!r} is damaged: {known[name].damaged}")
+    key = str(known[name].path), manifest(known[name].path)
+    with GUARD:
+        if key not in OPENED:
+            for stale in [k for k in OPENED if k[0] == key[0]]:
+                del OPENED[stale]
+            OPENED[key] = Run.open(known[name].path)
+            while len(OPENED) > 4:
+                OPENED.popitem(last=False)
+        OPENED.move_to_end(key)
+        return OPENED[key]
+
+
+@lru_cache(4)
+def cloud(name: str):
+    "Points of a 2-D data set to lay behind the paths, (M, 2)."
+    return load(name).batch(0, 0, 600)[0]
+
+
+def flat(run: Run) -> bool:
+    "Whether the samples are points of the plane."
+    return len(run.shape) == 1
+
+
+# The film: one column a step, sent as it is made
+
+def picture(x: torch.Tensor, quality: int) -> str:
+    "One column of the film, (B, C, H, W), as a data address."
+    kind = "webp" if quality else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(plot.encoded(plot.film(x[None].cpu(), 1, 1), quality)).decode()
+
+
+class Film:
+    "The film strip as a page that only ever grows, so that each update sends one column."
+
+    def __init__(self, shape: tuple, count: int, steps: int):
+        channels, height, width = shape
+        self.every = max(1, -(-(steps + 1) // MOST["columns"]))
+        columns = len([i for i in range(steps + 1) if self.keeps(i, steps)])
+        self.quality = 86 if channels * height * width * count * columns * 2 > SHARP else 0
+        near = 48 if count <= 16 else 32
+        self.scale = max(1, round(near / max(height, width)))
+        self.steps, self.count, self.box = steps, count, (width * self.scale, (count * (height + 1) - 1) * self.scale)
+        self.columns = {i: k + 2 for k, i in enumerate(i for i in range(steps + 1) if self.keeps(i, steps))}
+        self.page = (f"<div class='film' role='group' aria-label='film strip: {count} samples by {steps} steps' tabindex='0' style='--w:{self.box[0]}px;--h:{self.box[1]}px;--n:{columns}'>"
+                     "<span class='name' style='grid-row:2'>state<var>x<sub>t</sub></var></span><span class='name' style='grid-row:4'>estimate<var>x̂<sub>0</sub></var></span>"
+                     "<span class='name tick' style='grid-row:1'>step</span><span class='name tick' style='grid-row:5'>time t</span>"
+                     "<i class='bed' style='grid-row:2'></i><i class='bed' style='grid-row:4'></i>")
+
+    def keeps(self, i: int, steps: int) -> bool:
+        "Whether step i is shown; the first and the last always are."
+        return i % self.every == 0 or i == steps
+
+    def add(self, i: int, t: float, row: int, x: torch.Tensor):
+        "One column of a row: 2 holds the states, 4 the estimates."
+        if i not in self.columns:
+            return
+        what = "state x_t" if row == 2 else "estimate of x_0"
+        place = f"grid-column:{self.columns[i]}"
+        self.page += (f"<img style='{place};grid-row:{row}' width='{self.box[0]}' height='{self.box[1]}' decoding='sync' "
+                      f"alt='{what} of {self.count} samples at step {i} of {self.steps}, t = {t:.3f}' src='{picture(x, self.quality)}'>")
+        if row == 2:
+            self.page += f"<span class='tick' style='{place};grid-row:1'>{i}</span><span class='tick' style='{place};grid-row:5'>{t:.2f}</span>"
+
+
+def numbers(pairs: list) -> str:
+    "Figures with small-caps names above them."
+    return "<dl class='numbers'>" + "".join(f"<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in pairs) + "</dl>"
+
+
+def script(ask: Ask, run: Run, steps: int, y) -> str:
+    "The Python that makes the same picture."
+    given = dict(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance)
+    usual = dict(weights="ema", head=1, y=None, guidance=1.0)
+    shown = ", ".join(f"{k}={v!r}" for k, v in given.items() if k not in usual or usual[k] != v)
+    return f"from cudlab.run import Run\n\ntrajectory = Run.open({run.name!r}).solve({shown})\ntrajectory.x, trajectory.nfe, trajectory.straightness.mean()"
+
+
+def sampled(*form):
+    "Stream a sampling: (film, paths, velocities, schedule, numbers, script) as they come to be."
+    with in_words():
+        ask = Ask(**dict(zip(NAMES, form)))
+        run, steps = opened(ask.run), moves(ask.solver, ask.by, ask.amount)
+        y = None
+        if ask.label != ANY:
+            if ask.label not in run.classes:
+                raise ValueError(f"class = {ask.label[:40]!r} is not one of {', '.join([ANY, *run.classes])}")
+            y = run.classes.index(ask.label)
+        if ask.head > run.heads:
+            raise ValueError(f"head = {ask.head} is out of range: {run.name} has {run.heads}")
+        start = shown = time.perf_counter()
+        walk = run.walk(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance)
+        plane, states, spent = flat(run), [], 0.0
+        film = None if plane else Film(tuple(run.shape), ask.count, steps)
+        code = script(ask, run, steps, y)
+        while True:
+            began = time.perf_counter()
+            state = next(walk, None)
+            spent += time.perf_counter() - began
+            if state is None:
+                break
+            states.append(state)
+            t = float(state.t)
+            if film:
+                if state.i:
+                    left = states[-2]
+                    film.add(left.i, float(left.t), 4, run.noise_path.x0(left.x, state.v, torch.full((ask.count,), float(left.t), device=left.x.device)))
+                film.add(state.i, t, 2, state.x)
+            now = time.perf_counter()
+            if len(states) == 1 or now - shown >= EVERY:
+                shown = now
+                done = numbers([("step", f"{state.i} of {steps}"), ("NFE so far", f"{state.nfe:g}"), ("time", f"{1000 * spent:.0f} ms")])
+                chart = plot.plane(torch.stack([s.x for s in states]), cloud(run.config.data), reach=3.2) if plane else None
+                yield film.page if film else "", chart, gr.skip(), gr.skip(), done, gr.skip()
+        if film:
+            film.add(states[-1].i, float(states[-1].t), 4, states[-1].x)
+            film.page += "</div>"
+        tau = Trajectory(torch.tensor([float(s.t) for s in states]), torch.stack([s.x for s in states]).cpu(),
+                         torch.stack([s.v for s in states[1:]]).cpu(), states[-1].nfe, run.noise_path)
+        bent = tau.straightness
+        lost = int((~tau.x.flatten(1).isfinite().all(1)).sum())
+        done = numbers([("steps", len(states) - 1), ("NFE counted", f"{tau.nfe:g}"), ("solver time", f"{1000 * spent:.0f} ms"),
+                        ("shown after", f"{1000 * (time.perf_counter() - start):.0f} ms"), ("deviation from straight", f"{float(bent.mean()):.3g}"),
+                        *([("not finite", f"{lost} of {ask.count}")] if lost else [])])
+        yield (film.page if film else "", plot.plane(tau.xs, cloud(run.config.data), reach=3.2) if plane else None,
+               plot.speeds(tau.vs, tau.ts), plot.schedule(tau.ts, 300), done, code)
+
+
+# Quality
+
+def protocol(scores: list) -> list:
+    "The largest set of scores that may share an axis, the newest where sizes tie."
+    groups = []
+    for score in scores:
+        home = next((g for g in groups if not comparable(g[0], score)), None)
+        if home is None:
+            groups.append([score])
+        else:
+            home.append(score)
+    return max(reversed(groups), key=len) if groups else []
+
+
+def table(rows: list, columns: list, caption: str) -> str:
+    "Dicts as an HTML table."
+    cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+    head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(r.get(c)))}</td>" for c in columns) + "</tr>" for r in rows)
+    return f"<div class='scroll' tabindex='0' role='group' aria-label='{html.escape(caption)}'><table class='plain'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def curve(name) -> tuple:
+    "The quality chart of a run, its protocol in words, and the same as a table."
+    with in_words():
+        run = opened(name)
+        return drawn(run)
+
+
+def drawn(run: Run) -> tuple:
+    "Chart, caption and table of a run's scores."
+    scores = list(run.scores)
+    group = protocol(scores)
+    if not group:
+        empty = plot.frame(plot.go.Figure(), 380, "NFE (network calls per sample)", "fd").update_xaxes(type="log", range=[0, 1.5]).update_yaxes(type="log", range=[-1, 1])
+        return empty, "<p class='caption'>Nothing measured yet. Choose a solver and the numbers of calls, then press <b>Measure missing points</b>.</p>", ""
+    words = ", ".join(f"{html.escape(k)} <b>{html.escape(str(group[0][k]))}</b>" for k in (*PROTOCOL, "device") if group[0].get(k) not in (None, ""))
+    seeds = ", ".join(str(s) for s in sorted({s.get("seed", 0) for s in group}))
+    note = next((s["note"] for s in group if s.get("note")), "")
+    other = len(scores) - len(group)
+    caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>.{f' {html.escape(note)}.' if note else ''}"
+               f"{f' {other} scores measured under another protocol are in the table and not in the chart.' if other else ''}</p>")
+    wide = [k for k in ("solver", "grid", "head", "steps", "nfe", "fd", "kd", "precision", "recall", "endpoint", "straightness", "seconds", "n", "seed", "weights", "extractor") if any(k in s for s in scores)]
+    rows = sorted(scores, key=lambda s: (str(s.get("solver")), s.get("nfe") or 0))
+    return plot.quality(group), caption, table(rows, wide, f"{len(scores)} scores of {run.name}")
+
+
+def calls_wanted(text) -> list:
+    "NFE values from what a person typed: 1, 2, 4."
+    parts = str(text or "").replace(";", ",").replace(" ", ",").split(",")
+    values = []
+    for part in filter(None, parts):
+        if not part.isdecimal() or not 1 <= int(part) <= MOST["nfe"]:
+            raise ValueError(f"NFE = {part[:40]!r} is not a whole number from 1 to {MOST['nfe']}; write them as 1, 2, 4, 8")
+        values.append(int(part))
+    if not values:
+        raise ValueError("no numbers of calls are given; write them as 1, 2, 4, 8")
+    return sorted(set(values))[:MOST["scores"]]
+
+
+def measured(name, solver, wanted, n, seed, progress=gr.Progress()):
+    "Measure the points that are missing, one by one: (chart, caption, table)."
+    with in_words():
+        ask, run = Ask(run=name, solver=solver, seed=seed, count=1), opened(name)
+        n = Count(n=n).n
+        budgets = calls_wanted(wanted)
+        for nfe in budgets:
+            moves(ask.solver, "NFE", nfe)
+        made = 0
+
+        def tell(done, size):
+            progress((made * size + done, len(budgets) * size), desc=f"{ask.solver}: point {made + 1} of at most {len(budgets)}", unit="samples")
+
+        for score in missing(run, (ask.solver,), tuple(budgets), progress=tell, n=n, seed=ask.seed):
+            run.add_score(score)
+            made += 1
+            yield drawn(run)
+        if not made:
+            gr.Info("All of these points are measured already.", duration=4)
+        yield drawn(run)
+
+
+@dataclass
+class Count(Args):
+    "How many samples a score is made of."
+    n: int = spec(1000, "samples per score", low=16, high=MOST["n"])
+
+
+# The run itself
+
+def command(config) -> str:
+    "The command line that trains this run again."
+    parts = ["python", "-m", "cudlab.run", "train"]
+    for f in fields(config):
+        value, usual = getattr(config, f.name), f.default if f.default is not MISSING else f.default_factory()
+        if f.name == "args":
+            parts += [f"{k}={v}" for k, v in value.items()]
+        elif value != usual:
+            parts.append(f"{f.name}={value}")
+    return shlex.join(parts)
+
+
+def about(name) -> tuple:
+    "Everything known of a run: summary, training curve, command, configuration."
+    with in_words():
+        run = opened(name)
+        log = run.metrics
+        last = next((m for m in reversed(log) if m), {})
+        state = "whole: every file matches its SHA-256" if (Path(run.path) / "MANIFEST.json").exists() else "no manifest"
+        facts = numbers([("method", run.config.method), ("data", run.config.data), ("trained steps", f"{run.step:,}"), ("heads", run.heads),
+                         ("classes", len(run.classes) or "none"), *([("training time", f"{last['seconds']:.0f} s")] if "seconds" in last else [])])
+        rows = [dict(key=f.name, value=str(getattr(run.config, f.name)), meaning=f.metadata.get("help", "")) for f in fields(run.config)]
+        return (facts + f"<p class='caption'>Manifest {html.escape(state)}. Folder <code>{html.escape(str(run.path))}</code></p>",
+                plot.training(log), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
+
+
+def shelf() -> str:
+    "All runs as a table, the damaged ones with the reason."
+    rows = [dict(run=r.name, method=r.method, data=r.data, steps=f"{r.steps:,}" if r.steps else "", state=f"damaged: {r.damaged}" if r.damaged else "whole") for r in listed()]
+    return table(rows, ["run", "method", "data", "steps", "state"], f"{len(rows)} runs")
+
+
+# The page
+
+def fitted(name) -> tuple:
+    "The controls that depend on the run: head, class, guidance, and a line about it."
+    with in_words():
+        run = opened(name)
+        line = (f"<p class='about'><b>{html.escape(run.config.method)}</b> on <b>{html.escape(run.config.data)}</b>, {run.step:,} training steps, "
+                f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}</p>")
+        return (line, gr.update(maximum=max(run.heads, 2), value=1, interactive=run.heads > 1), gr.update(choices=[ANY, *run.classes], value=ANY, visible=bool(run.classes)),
+                gr.update(value=1.0, visible=bool(run.classes)), gr.update(visible=flat(run)), gr.update(visible=not flat(run)))
+
+
+def arrived(current=None) -> tuple:
+    "What a page shows on arrival: the runs there are now and the first of them chosen."
+    with in_words():
+        found = menu()
+        ids = [i for _, i in found]
+        chosen = current if current in ids else ids[0] if ids else None
+        if chosen is None:
+            return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 5
+        return gr.update(choices=found, value=chosen), shelf(), *fitted(chosen)
+
+
+THEME = gr.themes.Base(
+    primary_hue=gr.themes.colors.Color(*("#eef4f8 #dbe8f1 #b6d0e3 #86b1cf #4f8db6 #0f6da3 #00598c #004a75 #003a5c #002b45 #001c2e").split(), name="cudlab"),
+    secondary_hue="slate", neutral_hue="zinc", radius_size="sm", spacing_size="md", text_size="md",
+    font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
+    font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
+).set(
+    body_background_fill="#fcfcfb", body_background_fill_dark="#111315", background_fill_primary="#fcfcfb", background_fill_primary_dark="#111315",
+    background_fill_secondary="#f4f4f2", background_fill_secondary_dark="#181b1e", block_background_fill="transparent", block_background_fill_dark="transparent",
+    block_border_width="0px", block_border_width_dark="0px", block_shadow="none", block_shadow_dark="none", block_label_background_fill="transparent", block_label_background_fill_dark="transparent",
+    block_label_border_width="0px", block_label_border_width_dark="0px", block_title_text_weight="600", block_title_text_size="*text_sm", block_title_text_color="*neutral_600", block_title_text_color_dark="*neutral_400",
+    block_padding="0px", layout_gap="20px", form_gap_width="0px", panel_background_fill="transparent", panel_background_fill_dark="transparent",
+    input_background_fill="#ffffff", input_background_fill_dark="#181b1e", input_border_color="#d9d9d4", input_border_color_dark="#33383d", input_shadow="none", input_shadow_dark="none",
+    input_border_width="1px", input_border_color_focus="*primary_500", input_border_color_focus_dark="*primary_400",
+    button_primary_background_fill="*primary_500", button_primary_background_fill_hover="*primary_600", button_primary_background_fill_dark="*primary_500", button_primary_background_fill_hover_dark="*primary_400",
+    button_primary_text_color="white", button_primary_text_color_dark="white", button_secondary_background_fill="transparent", button_secondary_background_fill_dark="transparent",
+    button_secondary_border_color="#cfcfc9", button_secondary_border_color_dark="#3a4046", button_border_width="1px", button_border_width_dark="1px", button_large_text_weight="600",
+    slider_color="*primary_500", slider_color_dark="*primary_400", body_text_color="#1d2023", body_text_color_dark="#e4e6e8", body_text_color_subdued="#63686e", body_text_color_subdued_dark="#9aa1a8",
+    checkbox_label_background_fill="transparent", checkbox_label_background_fill_dark="transparent", checkbox_label_background_fill_selected="transparent", checkbox_label_background_fill_selected_dark="transparent",
+    checkbox_label_border_width="0px", checkbox_label_border_width_dark="0px", checkbox_label_padding="4px 10px 4px 0", checkbox_label_shadow="none",
+    border_color_primary="#e2e2dd", border_color_primary_dark="#2a2f33", link_text_color="*primary_600", link_text_color_dark="*primary_300",
+)
+
+CSS = """
+.gradio-container {max-width: 100% !important; padding: 0 !important; overflow-x: clip}
+.main.fillable {padding: 28px 40px 48px !important; max-width: 1480px !important; width: 100%; margin: 0 auto !important}
+.main.fillable, .main .wrap, .main .contain, .main .column, .main .row, .main .block, .main .html-container, .main .prose, .main .tabs, .main .tabitem {min-width: 0 !important; max-width: 100%}
+.main > .wrap {padding: 0 !important}
+footer {display: none !important}
+#head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 18px; border-bottom: 1px solid var(--border-color-primary); padding-bottom: 14px}
+#head h1 {font-size: 26px; font-weight: 700; letter-spacing: -.01em; margin: 0; line-height: 1.2}
+#head p {color: var(--body-text-color-subdued); margin: 0; flex: 1 1 260px}
+kbd {font-family: var(--font-mono); font-size: 12px; border: 1px solid var(--border-color-primary); border-radius: 3px; padding: 0 5px; margin-right: 3px; color: var(--body-text-color)}
+#head .keys {color: var(--body-text-color-subdued); font-size: 14px; white-space: nowrap}
+.form, .gr-group, .styler {background: transparent !important; gap: 18px !important; border: 0 !important; box-shadow: none !important; overflow: visible !important; --block-padding: 0}
+span[data-testid="block-info"], .group-name, .numbers dt, .film .name, table.plain th, table.plain caption {
+  font-variant-caps: all-small-caps; letter-spacing: .07em; font-size: 15px !important; font-weight: 400; color: var(--body-text-color-subdued) !important; line-height: 1.3}
+.group-name {margin: 0; border-bottom: 1px solid var(--border-color-primary); padding-bottom: 4px}
+.block .wrap .info, .block .info {font-size: 13px}
+.about, .caption {color: var(--body-text-color-subdued); margin: 0; line-height: 1.55; max-width: 82ch}
+.about b, .caption b {color: var(--body-text-color); font-weight: 400}
+.about code, .caption code {background: transparent; border: 0; padding: 0; font-size: 13px; overflow-wrap: anywhere}
+#line .about {padding-top: 28px}
+.cost {margin: -10px 0 0; font-family: var(--font-mono) !important; font-size: 13px; color: var(--body-text-color-subdued); line-height: 1.5}
+.cost b {color: var(--body-text-color); font-weight: 400} .cost i {font-style: normal; opacity: .6} .cost span {display: block; font-family: var(--font)}
+.cost.bad {color: #b3421f; font-family: var(--font) !important} .dark .cost.bad {color: #f0906f}
+.numbers {display: flex; flex-wrap: wrap; gap: 10px 36px; margin: 0 0 4px} .numbers dd {margin: 0; font-family: var(--font-mono); font-size: 17px; color: var(--body-text-color)}
+.film {display: grid; grid-template-columns: 70px repeat(var(--n), var(--w)); grid-template-rows: auto var(--h) 20px var(--h) auto; gap: 0 6px; overflow-x: auto; padding: 0 0 12px; width: 100%; max-width: 100%}
+.film .bed {grid-column: 2 / -1; background: var(--background-fill-secondary); border-radius: 2px; margin-bottom: 0}
+.film img {image-rendering: pixelated; display: block; max-width: none; margin: 0; border-radius: 0; z-index: 1; width: var(--w); height: var(--h)}
+.film .name {position: sticky; left: 0; z-index: 2; background: var(--body-background-fill); padding: 0 8px 0 0; grid-column: 1}
+.film var {font-style: italic; font-variant-caps: normal; letter-spacing: 0; display: block; font-size: 16px; color: var(--body-text-color)} .film sub {font-size: 11px}
+.film .tick {font-family: var(--font-mono); font-size: 12px; color: var(--body-text-color-subdued); text-align: center; padding: 4px 0; white-space: nowrap}
+.film .name.tick {font-family: var(--font); text-align: left; padding: 2px 0}
+.scroll {overflow: auto; max-height: 460px} .scroll table.plain {border-collapse: collapse; font-size: 14px; width: 100%; border: 0 !important; margin: 0} table.plain caption {text-align: left; padding-bottom: 4px}
+.scroll table.plain tr {border: 0 !important; background: transparent !important}
+.scroll table.plain th, .scroll table.plain td {text-align: left; padding: 5px 20px 5px 0; border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: top; color: var(--body-text-color); white-space: nowrap}
+.scroll table.plain td:last-child {white-space: normal} .scroll table.plain td {font-variant-numeric: tabular-nums}
+.js-plotly-plot .plotly .infolayer text, .js-plotly-plot .plotly .xaxislayer-above text, .js-plotly-plot .plotly .yaxislayer-above text {fill: var(--body-text-color-subdued) !important}
+.tab-container button {font-size: 16px} .dark .tab-container button.selected {color: var(--primary-300)} .dark .tab-container button.selected::after {background: var(--primary-300)}
+.dark input[type=range] {--neutral-200: #3a4046}
+button.lg, button.md {white-space: nowrap; padding-left: 14px; padding-right: 14px}
+#velocity, #schedule, #chart, #loss, #paths {min-height: 0}
+:focus-visible {outline: 2px solid var(--primary-400) !important; outline-offset: 2px}
+dialog#keys {border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--body-background-fill); color: var(--body-text-color); padding: 24px 32px; max-width: 420px; margin: auto}
+dialog#keys::backdrop {background: rgba(0, 0, 0, .35)} dialog#keys td {padding: 4px 18px 4px 0} dialog#keys h2 {margin: 0 0 10px; font-size: 18px; font-weight: 700}
+@media (min-width: 901px) {.aside {flex: 0 0 288px !important; min-width: 288px !important} .split {flex-wrap: nowrap !important; gap: 44px !important} .column .column + .column {min-width: 0} #side {position: sticky; top: 16px; align-self: flex-start}}
+@media (max-width: 900px) {.main.fillable {padding: 16px 14px 32px !important} .split {flex-direction: column} .split > .column {width: 100% !important; min-width: 0 !important; flex: none !important}
+  .film {grid-template-columns: 56px repeat(var(--n), var(--w))} #head .keys {display: none} #line .about {padding-top: 0}}
+@media (prefers-reduced-motion: reduce) {* {animation: none !important; transition: none !important}}
+"""
+
+KEYS = """
+() => {
+  const shown = (id) => { const b = document.querySelector(id); return b && b.offsetParent !== null ? b : null };
+  const sheet = document.createElement('dialog');
+  sheet.id = 'keys';
+  sheet.setAttribute('aria-label', 'keyboard');
+  sheet.innerHTML = '<h2>Keyboard</h2><table><tr><td><kbd>s</kbd></td><td>sample</td></tr><tr><td><kbd>r</kbd></td><td>new seed and sample</td></tr>' +
+    '<tr><td><kbd>Tab</kbd></td><td>next control</td></tr><tr><td><kbd>?</kbd></td><td>this sheet</td></tr><tr><td><kbd>Esc</kbd></td><td>close</td></tr></table>' +
+    '<form method="dialog"><button style="margin-top:14px;text-decoration:underline">Close</button></form>';
+  document.body.appendChild(sheet);
+  document.addEventListener('click', (e) => {
+    if (window.innerWidth <= 900 && e.target.closest('#sample, #reseed')) document.querySelector('#numbers').scrollIntoView({behavior: 'smooth', block: 'start'});
+  });
+  document.addEventListener('keydown', (e) => {
+    if (e.ctrlKey || e.metaKey || e.altKey || e.repeat) return;
+    const el = e.target;
+    const typing = el.isContentEditable || el.tagName === 'TEXTAREA' || el.tagName === 'SELECT' || (el.tagName === 'INPUT' && !['range', 'radio', 'checkbox'].includes(el.type));
+    if (typing || sheet.open) return;
+    if (e.key === '?') { sheet.showModal(); e.preventDefault(); }
+    const button = {s: '#sample', r: '#reseed'}[e.key];
+    if (button && shown(button)) { shown(button).click(); e.preventDefault(); }
+  });
+}
+"""
+
+
+def build() -> gr.Blocks:
+    "The page and its wiring; nothing is launched."
+    page = gr.Blocks(title="cudlab explorer", analytics_enabled=False, fill_width=True)
+    solve = dict(concurrency_id="solve", concurrency_limit=1)
+    quick = dict(queue=True, show_progress="hidden", concurrency_limit=8)
+    with page:
+        gr.HTML("<header id='head'><h1>cudlab</h1><p>Few-step sampling, one network call at a time.</p>"
+                "<span class='keys'><kbd>s</kbd> sample &ensp;<kbd>r</kbd> new seed &ensp;<kbd>?</kbd> help</span></header>")
+        with gr.Row(equal_height=False, elem_classes="split"):
+            with gr.Column(scale=1, min_width=288, elem_classes="aside"):
+                found = menu()
+                run = gr.Dropdown(found, value=found[0][1] if found else None, label="Run", elem_id="run", filterable=len(found) > 8)
+            with gr.Column(scale=3, min_width=300):
+                line = gr.HTML(elem_id="line")
+        with gr.Tabs():
+            with gr.Tab("Sample", id="sample"):
+                with gr.Row(equal_height=False, elem_classes="split"):
+                    with gr.Column(scale=1, min_width=288, elem_id="side", elem_classes="aside"):
+                        solver = gr.Dropdown(list(SOLVERS), value="euler", label="Solver", filterable=False)
+                        with gr.Group():
+                            by = gr.Radio(["steps", "NFE"], value="steps", label="Count in", info="steps are moves; NFE are network calls per sample")
+                            amount = gr.Slider(1, 64, value=8, step=1, label="How many")
+                        price = gr.HTML(cost("euler", "steps", 8))
+                        grid = gr.Dropdown(list(GRIDS), value="uniform", label="Grid", filterable=False)
+                        seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
+                        count = gr.Slider(1, MOST["count"], value=8, step=1, label="Samples")
+                        label = gr.Dropdown([ANY], value=ANY, label="Class", visible=False)
+                        guidance = gr.Slider(0, 8, value=1.0, step=0.1, label="Guidance", info="1 is none", visible=False)
+                        with gr.Accordion("Network", open=False):
+                            weights = gr.Radio([("average (EMA)", "ema"), ("raw", "raw")], value="ema", label="Weights")
+                            head = gr.Slider(1, 2, value=1, step=1, label="Head")
+                        with gr.Row(elem_classes="buttons"):
+                            go = gr.Button("Sample", variant="primary", elem_id="sample", scale=2, min_width=90, size="md")
+                            reseed = gr.Button("New seed", elem_id="reseed", min_width=90, size="md")
+                            stop = gr.Button("Stop", elem_id="stop", min_width=60, size="md")
+                    with gr.Column(scale=3, min_width=300):
+                        done = gr.HTML(elem_id="numbers")
+                        film = gr.HTML(elem_id="film")
+                        paths = gr.Plot(label="Paths", show_label=False, visible=False, elem_id="paths")
+                        with gr.Row(equal_height=False, elem_classes="split"):
+                            with gr.Column(min_width=300):
+                                gr.HTML("<h2 class='group-name'>velocity of each move</h2>")
+                                velocity = gr.Plot(label="Velocity of each move", show_label=False, elem_id="velocity")
+                            with gr.Column(min_width=300):
+                                gr.HTML("<h2 class='group-name'>schedule</h2>")
+                                schedule = gr.Plot(label="Schedule", show_label=False, elem_id="schedule")
+                        with gr.Accordion("The same in Python", open=False):
+                            code = gr.Code(language="python", show_label=False, interactive=False)
+            with gr.Tab("Quality", id="quality") as quality_tab:
+                with gr.Row(equal_height=False, elem_classes="split"):
+                    with gr.Column(scale=1, min_width=288, elem_classes="aside"):
+                        q_solver = gr.Dropdown([s for s in SOLVERS if SOLVERS[s].calls], value="euler", label="Solver", filterable=False)
+                        q_nfe = gr.Textbox("1, 2, 4, 8, 16", label="NFE", info="network calls per sample, with commas", max_length=200)
+                        q_n = gr.Slider(100, 5000, value=1000, step=100, label="Samples per score")
+                        q_seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
+                        with gr.Row():
+                            fill = gr.Button("Measure missing points", variant="primary", elem_id="measure", scale=2, min_width=170, size="md")
+                            halt = gr.Button("Stop", elem_id="halt", min_width=60, size="md")
+                        progress = gr.HTML(elem_id="progress", min_height=60)
+                    with gr.Column(scale=3, min_width=300):
+                        chart = gr.Plot(label="Quality against NFE", show_label=False, elem_id="chart")
+                        caption = gr.HTML(elem_id="caption")
+                        scores = gr.HTML(elem_id="scores")
+            with gr.Tab("Run", id="about") as about_tab:
+                facts = gr.HTML(elem_id="facts")
+                gr.HTML("<h2 class='group-name'>training</h2>")
+                loss = gr.Plot(label="Training", show_label=False, elem_id="loss")
+                made = gr.Code(language="shell", lines=1, label="Command that makes this run", interactive=False)
+                with gr.Accordion("Configuration", open=False):
+                    config = gr.HTML()
+                everything = gr.HTML(shelf(), elem_id="shelf")
+
+        form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance]
+        shown = [film, paths, velocity, schedule, done, code]
+        fits = [line, head, label, guidance, paths, film]
+        sampling = dict(fn=sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
+        first = page.load(arrived, [run], [run, everything, *fits], api_name="runs", preprocess=False, **quick).success(**sampling, api_visibility="private")
+        pressed = go.click(**sampling, api_name="sample")
+        fresh = reseed.click(lambda: int.from_bytes(os.urandom(4), "big") % 1_000_000, None, seed, api_name="seed", **quick).success(**sampling, api_visibility="private")
+        changed = run.input(fitted, [run], fits, api_name="fit", preprocess=False, **quick).success(**sampling, api_visibility="private")
+        stop.click(None, None, None, cancels=[pressed, fresh, changed, first], api_name=False)
+        for part in (solver, by, amount):
+            part.change(cost, [solver, by, amount], price, preprocess=False, api_name="cost" if part is amount else None, api_visibility="public" if part is amount else "private", **quick)
+        curves = [chart, caption, scores]
+        measuring = fill.click(measured, [run, q_solver, q_nfe, q_n, q_seed], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
+        halt.click(None, None, None, cancels=[measuring], api_name=False)
+        quality_tab.select(curve, [run], curves, preprocess=False, api_name="scores", **quick)
+        about_tab.select(about, [run], [facts, loss, made, config], preprocess=False, api_name="about", **quick)
+        run.input(curve, [run], curves, preprocess=False, api_visibility="private", **quick)
+        run.input(about, [run], [facts, loss, made, config], preprocess=False, api_visibility="private", **quick)
+    return page.queue(max_size=32)
+
+
+def free_port(host: str, port: int) -> int:
+    "The first free port from `port` on."
+    for candidate in range(port, min(port + 100, 65536)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind((host, candidate))
+                return candidate
+            except OSError:
+                continue
+    raise ValueError(f"port = {port}: no port from here to {min(port + 99, 65535)} is free on {host}")
+
+
+def main(argv: list = None) -> int:
+    "Start the explorer and serve until interrupted."
+    parser = argparse.ArgumentParser(prog="explorer", description="Sample runs, watch every step, measure quality.")
+    parser.add_argument("--port", type=int, default=settings().port, help="the next free one is taken if it is busy")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; the default is this machine only")
+    parser.add_argument("--runs", nargs="*", default=[], metavar="NAME", help="show only these runs")
+    asked = parser.parse_args(argv)
+    try:
+        names = {r.name for r in runs()}
+        for name in asked.runs:
+            if name not in names:
+                raise ValueError(f"unknown run {name!r}{guess(name, names)}")
+        if not 1 <= asked.port <= 65535:
+            raise ValueError(f"port = {asked.port} is out of range: 1 to 65535")
+        port = free_port(asked.host, asked.port)
+    except (ValueError, OSError) as e:
+        print(f"explorer: {e}", file=sys.stderr)
+        return 2
+    ONLY[:] = asked.runs
+    use_threads()
+    if port != asked.port:
+        print(f"port {asked.port} is busy, using {port} instead", flush=True)
+    page = build()
+    _, address, _ = page.launch(server_name=asked.host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True, show_error=False,
+                                theme=THEME, css=CSS, js=KEYS, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=False)
+    print(f"explorer ready at {address}  (Ctrl-C stops it)", flush=True)
+    try:
+        page.block_thread()
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

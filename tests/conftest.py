@@ -1,0 +1,53 @@
+"""One thread a process, no telemetry, and nothing a test trains lands in the checkout."""
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: more than ten seconds on two cores")
+    config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none")
+    config.addinivalue_line("markers", "browser: needs Chromium; a missing one fails in CI and skips elsewhere")
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_path():
+    "What tests train goes to a temporary folder, also from the processes they start."
+    with tempfile.TemporaryDirectory(prefix="cudlab-runs-") as folder:
+        os.environ["CUDLAB_RUNS_PATH"] = folder
+        yield Path(folder)
+        os.environ.pop("CUDLAB_RUNS_PATH", None)
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The checkout."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    "Chromium's path; without one the test fails in CI and is skipped, visibly, elsewhere."
+    path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    if os.access(path, os.X_OK):
+        return path
+    message = f"no browser at {path}: apt-get install chromium, or set CHROMIUM"
+    pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)

@@ -1,0 +1,55 @@
+"""tools/job.py: live output, a stop that waits for the save, one sentence for a failure."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+pytest.importorskip("papermill")
+
+
+@pytest.fixture
+def job(tmp_path, root):
+    "Start a two-cell notebook as a job."
+    def start(code, *args):
+        cells = [nbformat.v4.new_code_cell("n = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+        meta = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), tmp_path / "job.ipynb")
+        return subprocess.Popen([sys.executable, root / "tools" / "job.py", "job.ipynb", *args], cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"CUDLAB_RUNS_PATH": str(tmp_path)})
+    return start
+
+
+def notebook(tmp_path):
+    return nbformat.read(next((tmp_path / ".jobs").glob("*.ipynb")), 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_the_save(job, tmp_path, number):
+    "papermill alone gives a stopped kernel 2.5 seconds; a large checkpoint takes longer."
+    process = job("import time\ntry:\n    print('ready', flush=True)\n    time.sleep(100)\nexcept KeyboardInterrupt:\n"
+                  "    time.sleep(4)\n    open('saved', 'w').close()\n    print('saved')")
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "saved" in out and not err
+    assert (tmp_path / "saved").exists()
+    assert {o.output_type for o in notebook(tmp_path).cells[-1].outputs} == {"stream"}
+
+
+def test_parameters_arrive_and_a_failure_is_a_sentence(job, tmp_path):
+    process = job("print('n is', n)\nraise ValueError('n = 3 is out of range: at most 2')", "-p", "n", "3")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == "n is 3\n"
+    first, second = err.splitlines()
+    assert first == "n = 3 is out of range: at most 2" and str(tmp_path / ".jobs") in second
+
+
+def test_wrong_usage_is_a_sentence(job):
+    process = job("pass", "-p", "n")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "requires 2 arguments" in err and len(err.splitlines()) == 1

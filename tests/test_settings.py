@@ -1,0 +1,136 @@
+"""settings.ini is live: every key is read, agrees with nbdev, and a wrong one is a sentence."""
+import configparser
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+import cudlab.core
+from cudlab.core import Settings
+from cudlab.core import complaint
+from cudlab.core import settings
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    "No CUDLAB_ variable but those a test sets."
+    for key in [k for k in os.environ if k.startswith("CUDLAB_")]:
+        monkeypatch.delenv(key)
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "A lab elsewhere: write its [lab] section, get its folder."
+    def make(text="", head="[DEFAULT]\nlib_name = cudlab\n[lab]\n"):
+        (tmp_path / "settings.ini").write_text(head + text)
+        return tmp_path
+    return make
+
+
+def ini(root):
+    parser = configparser.ConfigParser()
+    parser.read(root / "settings.ini")
+    return parser
+
+
+def test_agrees_with_nbdev(root, monkeypatch):
+    monkeypatch.chdir(root)
+    from nbdev.config import get_config
+
+    config, shared = get_config(), ini(root).defaults()
+    assert {"lib_name", "lib_path", "nbs_path", "tst_flags"} == set(shared)
+    for key, value in shared.items():
+        theirs = getattr(config, key)
+        if key.endswith("_path"):
+            assert (root / value).resolve() == type(root)(theirs).resolve(), key
+        else:
+            assert value == (" ".join(theirs) if isinstance(theirs, (list, tuple)) else theirs), key
+
+
+def test_every_key_is_read_and_stated(root):
+    stated = set(ini(root)["lab"]) - set(ini(root).defaults())
+    assert stated == {f.name for f in fields(Settings)} - {"root"}
+
+
+def test_every_setting_is_used(root):
+    code = "\n".join(p.read_text() for folder in ("cudlab", "apps") for p in (root / folder).rglob("*.py"))
+    own = cudlab.core.__file__
+    unused = [f.name for f in fields(Settings) if not re.search(rf"\.{f.name}\b", code)]
+    if unused and not ((root / "apps" / "explorer.py").exists() and (root / "cudlab" / "run.py").exists()):
+        pytest.skip(f"run.py or explorer.py is not written yet; unread so far in {own}: {', '.join(unused)}")
+    assert not unused
+
+
+def test_defaults_equal_the_file(root, tmp_path):
+    "Without a settings.ini the lab behaves as with the one it ships, below the working directory."
+    here = settings(root)
+    for f in fields(Settings):
+        if f.type in (str, int):
+            assert getattr(here, f.name) == f.default, f.name
+    assert here.root == root and here.runs_path == root / "runs" and here.data_path[0] == root / "data"
+
+
+@pytest.mark.parametrize("line, words", [
+    ("colour = blue", ["colour", "one of", "runs_path"]),
+    ("devise = cpu", ["devise", "did you mean 'device'"]),
+    ("port = eighty", ["port", "eighty", "a whole number"]),
+    ("port = 0", ["port", "0", "at least 1", "at most 65535"]),
+    ("port = 7860.5", ["port", "7860.5", "a whole number"]),
+    ("threads = -1", ["threads", "-1", "at least 0"]),
+    ("threads = nan", ["threads", "nan"]),
+    ("seed = 1e400", ["seed", "a whole number"]),
+])
+def test_wrong_line_is_a_sentence(lab, line, words):
+    message = complaint(settings, lab(line))
+    assert "\n" not in message and all(w in message for w in words), message
+
+
+@pytest.mark.parametrize("text", ["port = 1\nport = 2", "no equals sign", "[lab]"])
+def test_unreadable_file_is_a_sentence(lab, text):
+    message = complaint(settings, lab(text))
+    assert "settings.ini" in message and "\n" not in message
+
+
+def test_unreadable_bytes_are_a_sentence(lab):
+    folder = lab()
+    (folder / "settings.ini").write_bytes(b"[lab]\nport = \xff\xfe\n")
+    assert "settings.ini" in complaint(settings, folder)
+
+
+@pytest.mark.parametrize("name", ["50%", "%(date)s", "my runs"])
+def test_a_path_is_taken_as_it_stands(lab, name):
+    folder = lab(f"runs_path = {name}\n")
+    assert settings(folder).runs_path == folder / name
+
+
+def test_environment_wins(lab, monkeypatch):
+    folder = lab("port = 8000\nruns_path = mine\n")
+    assert settings(folder).port == 8000 and settings(folder).runs_path == folder / "mine"
+    monkeypatch.setenv("CUDLAB_PORT", "9000")
+    monkeypatch.setenv("CUDLAB_RUNS_PATH", "/elsewhere/runs")
+    monkeypatch.setenv("CUDLAB_DATA_PATH", "a, b ,")
+    s = settings(folder)
+    assert (s.port, str(s.runs_path)) == (9000, "/elsewhere/runs") and s.data_path == (folder / "a", folder / "b")
+    monkeypatch.setenv("CUDLAB_PORT", "http")
+    assert "http" in complaint(settings, folder)
+
+
+def test_found_from_a_subfolder(lab):
+    folder = lab("seed = 7\n")
+    deep = folder / "a" / "b"
+    deep.mkdir(parents=True)
+    assert settings(deep).root == folder and settings(deep).seed == 7
+
+
+def test_found_from_anywhere(root, tmp_path):
+    "An unrelated working directory falls back to the lab that the package was installed from."
+    out = subprocess.run([sys.executable, "-c", "from cudlab.core import settings; print(settings().root)"], cwd=tmp_path, text=True,
+                         capture_output=True, env=os.environ | {"PYTHONPATH": str(root)}, check=True).stdout.strip()
+    assert out == str(root)
+
+
+def test_a_file_without_the_section_is_fine(lab):
+    assert settings(lab(head="[DEFAULT]\nlib_name = cudlab\n")).port == 7860

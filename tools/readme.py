@@ -1,0 +1,38 @@
+"""Render README.md from nbs/index.ipynb with nbconvert: cells marked `#| hide` go, links are rewritten from nbs/ to the root.
+
+    python tools/readme.py
+"""
+import posixpath
+import re
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = "docs/index_files"
+LINK = re.compile(r"(\]\(|(?:src|href)=\")(?![a-z]+:|#|/)([^)\"\s]+)")
+
+
+def render(index: Path = ROOT / "nbs" / "index.ipynb") -> tuple[str, dict]:
+    "README's text, and the pictures that its output cells hold: path from the root -> bytes."
+    book = nbformat.read(index, 4)
+    for cell in book.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), cell.source)
+    config = Config()
+    config.RegexRemovePreprocessor.patterns = [r"#\|\s*hide"]
+    exporter = MarkdownExporter(config=config)
+    exporter.register_preprocessor("nbconvert.preprocessors.RegexRemovePreprocessor", enabled=True)
+    text, resources = exporter.from_notebook_node(book, {"output_files_dir": FIGURES, "unique_key": "index"})
+    text = "\n".join(line.rstrip() for line in text.splitlines()).strip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", text), resources.get("outputs", {})
+
+
+if __name__ == "__main__":
+    text, figures = render()
+    (ROOT / "README.md").write_text(text)
+    for name, data in figures.items():
+        (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / name).write_bytes(data)
