@@ -134,11 +134,7 @@ GUARD = threading.Lock()
 
 def listed() -> list:
     "What the lab knows of its runs: yours first, the newest on top, then those that ship."
-    found = [r for r in runs() if not ONLY or r.name in ONLY]
-    shipped = settings().checkpoints_path
-    when = lambda r: manifest(r.path)[0]
-    yours = sorted((r for r in found if shipped not in Path(r.path).parents), key=when, reverse=True)
-    return yours + sorted((r for r in found if shipped in Path(r.path).parents), key=lambda r: r.name)
+    return [r for r in runs() if not ONLY or r.name in ONLY]
 
 
 def manifest(folder) -> tuple:
@@ -150,14 +146,10 @@ def manifest(folder) -> tuple:
         return 0, 0
 
 
-def whole() -> dict:
-    "The runs that can be sampled, by id."
-    return {r.name: r for r in reversed(listed()) if not r.damaged}
-
-
 def menu() -> list:
     "Choices of the run menu: (what a person reads, id)."
-    return [(f"{r.name}  ·  {r.method} on {r.data}", r.name) for r in listed() if not r.damaged]
+    part = lambda r: "" if r.step == r.steps else f", step {r.step:,} of {r.steps:,}"
+    return [(f"{r.name}  ·  {r.method} on {r.data}{part(r)}", r.name) for r in listed() if not r.damaged]
 
 
 def opened(name) -> Run:
@@ -174,7 +166,7 @@ def opened(name) -> Run:
         if key not in OPENED:
             for stale in [k for k in OPENED if k[0] == key[0]]:
                 del OPENED[stale]
-            OPENED[key] = Run.open(known[name].path)
+            OPENED[key] = Run(known[name].path)
             while len(OPENED) > 4:
                 OPENED.popitem(last=False)
         OPENED.move_to_end(key)
@@ -185,6 +177,11 @@ def opened(name) -> Run:
 def cloud(name: str):
     "Points of a 2-D data set to lay behind the paths, (M, 2)."
     return load(name).batch(0, 0, 600)[0]
+
+
+def labels(run: Run) -> list:
+    "The classes that can be asked for: none where the run was trained without labels."
+    return list(run.classes) if run.config.classes else []
 
 
 def flat(run: Run) -> bool:
@@ -253,9 +250,9 @@ def sampled(*form):
         run, steps = opened(ask.run), moves(ask.solver, ask.by, ask.amount)
         y = None
         if ask.label != ANY:
-            if ask.label not in run.classes:
-                raise ValueError(f"class = {ask.label[:40]!r} is not one of {', '.join([ANY, *run.classes])}")
-            y = run.classes.index(ask.label)
+            if ask.label not in labels(run):
+                raise ValueError(f"class = {ask.label[:40]!r} is not one of {', '.join([ANY, *labels(run)])}")
+            y = labels(run).index(ask.label)
         if ask.head > run.heads:
             raise ValueError(f"head = {ask.head} is out of range: {run.name} has {run.heads}")
         start = shown = time.perf_counter()
@@ -330,8 +327,7 @@ def drawn(run: Run) -> tuple:
     scores = list(run.scores)
     group = protocol(scores)
     if not group:
-        empty = plot.frame(plot.go.Figure(), 380, "NFE (network calls per sample)", "fd").update_xaxes(type="log", range=[0, 1.5]).update_yaxes(type="log", range=[-1, 1])
-        return empty, "<p class='caption'>Nothing measured yet. Choose a solver and the numbers of calls, then press <b>Measure missing points</b>.</p>", ""
+        return plot.quality([]), "<p class='caption'>Nothing measured yet. Choose a solver and the numbers of calls, then press <b>Measure missing points</b>.</p>", ""
     words = ", ".join(f"{html.escape(k)} <b>{html.escape(str(group[0][k]))}</b>" for k in (*PROTOCOL, "device") if group[0].get(k) not in (None, ""))
     seeds = ", ".join(str(s) for s in sorted({s.get("seed", 0) for s in group}))
     note = next((s["note"] for s in group if s.get("note")), "")
@@ -392,7 +388,7 @@ def command(config) -> str:
     for f in fields(config):
         value, usual = getattr(config, f.name), f.default if f.default is not MISSING else f.default_factory()
         if f.name == "args":
-            parts += [f"{k}={v}" for k, v in value.items()]
+            parts += [f"args.{k}={v}" for k, v in value.items()]
         elif value != usual:
             parts.append(f"{f.name}={value}")
     return shlex.join(parts)
@@ -402,23 +398,33 @@ def about(name) -> tuple:
     "Everything known of a run: summary, training curve, command, configuration."
     with in_words():
         run = opened(name)
-        log = run.metrics
-        last = next((m for m in reversed(log) if m), {})
-        state = "whole: every file matches its SHA-256" if (Path(run.path) / "MANIFEST.json").exists() else "no manifest"
-        facts = numbers([("method", run.config.method), ("data", run.config.data), ("trained steps", f"{run.step:,}"), ("heads", run.heads),
-                         ("classes", len(run.classes) or "none"), *([("training time", f"{last['seconds']:.0f} s")] if "seconds" in last else [])])
+        try:
+            state = f"all {run.verify()} files match their SHA-256"
+        except ValueError as e:
+            state = str(e)
+        facts = numbers([("method", run.config.method), ("data", run.config.data), ("trained steps", f"{run.step:,} of {run.config.steps:,}"),
+                         ("parameters", f"{run.info['parameters'] / 1e6:.2f} M"), ("heads", run.heads), ("classes", len(labels(run)) or "none")])
         rows = [dict(key=f.name, value=str(getattr(run.config, f.name)), meaning=f.metadata.get("help", "")) for f in fields(run.config)]
-        return (facts + f"<p class='caption'>Manifest {html.escape(state)}. Folder <code>{html.escape(str(run.path))}</code></p>",
-                plot.training(log), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
+        return (facts + f"<p class='caption'>Manifest: {html.escape(state)}. Created {html.escape(run.info['created'])}. Folder <code>{html.escape(str(run.path))}</code></p>",
+                plot.training(run.metrics), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
 
 
 def shelf() -> str:
     "All runs as a table, the damaged ones with the reason."
-    rows = [dict(run=r.name, method=r.method, data=r.data, steps=f"{r.steps:,}" if r.steps else "", state=f"damaged: {r.damaged}" if r.damaged else "whole") for r in listed()]
+    rows = [dict(run=r.name, method=r.method, data=r.data, steps=f"{r.step:,} of {r.steps:,}" if r.steps else "",
+                 state=f"damaged: {r.damaged}" if r.damaged else "shipped" if r.shipped else "yours") for r in listed()]
     return table(rows, ["run", "method", "data", "steps", "state"], f"{len(rows)} runs")
 
 
 # The page
+
+def greeted(*form):
+    "The first picture of a page, if there is anything to show."
+    if form[0]:
+        yield from sampled(*form)
+    else:
+        yield tuple(gr.skip() for _ in range(6))
+
 
 def fitted(name) -> tuple:
     "The controls that depend on the run: head, class, guidance, and a line about it."
@@ -426,18 +432,23 @@ def fitted(name) -> tuple:
         run = opened(name)
         line = (f"<p class='about'><b>{html.escape(run.config.method)}</b> on <b>{html.escape(run.config.data)}</b>, {run.step:,} training steps, "
                 f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}</p>")
-        return (line, gr.update(maximum=max(run.heads, 2), value=1, interactive=run.heads > 1), gr.update(choices=[ANY, *run.classes], value=ANY, visible=bool(run.classes)),
-                gr.update(value=1.0, visible=bool(run.classes)), gr.update(visible=flat(run)), gr.update(visible=not flat(run)))
+        return (line, gr.update(maximum=max(run.heads, 2), value=1, interactive=run.heads > 1), gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))),
+                gr.update(value=1.0, visible=bool(labels(run))), gr.update(value=64 if flat(run) else 8), gr.update(visible=flat(run)), gr.update(visible=not flat(run)))
 
 
-def arrived(current=None) -> tuple:
-    "What a page shows on arrival: the runs there are now and the first of them chosen."
+def preferred(wanted: str = "") -> str:
+    "The run a page opens with: the one wanted, else the first trained one; None if there is none."
+    good = [r for r in listed() if not r.damaged]
+    return next((r.name for r in good if r.name == wanted), next((r.name for r in good if r.step), good[0].name if good else None))
+
+
+def arrived(request: gr.Request = None) -> tuple:
+    "What a page shows on arrival: the runs there are now, and ?run=NAME or the newest of them chosen."
     with in_words():
         found = menu()
-        ids = [i for _, i in found]
-        chosen = current if current in ids else ids[0] if ids else None
+        chosen = preferred(request.query_params.get("run", "") if request else "")
         if chosen is None:
-            return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 5
+            return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 6
         return gr.update(choices=found, value=chosen), shelf(), *fitted(chosen)
 
 
@@ -465,7 +476,7 @@ THEME = gr.themes.Base(
 
 CSS = """
 .gradio-container {max-width: 100% !important; padding: 0 !important; overflow-x: clip}
-.main.fillable {padding: 28px 40px 48px !important; max-width: 1480px !important; width: 100%; margin: 0 auto !important}
+.main.fillable {padding: clamp(16px, 3vw, 28px) clamp(16px, 3.1vw, 40px) 48px !important; max-width: 1480px !important; width: 100%; margin: 0 auto !important}
 .main.fillable, .main .wrap, .main .contain, .main .column, .main .row, .main .block, .main .html-container, .main .prose, .main .tabs, .main .tabitem {min-width: 0 !important; max-width: 100%}
 .main > .wrap {padding: 0 !important}
 footer {display: none !important}
@@ -482,12 +493,11 @@ span[data-testid="block-info"], .group-name, .numbers dt, .film .name, table.pla
 .about, .caption {color: var(--body-text-color-subdued); margin: 0; line-height: 1.55; max-width: 82ch}
 .about b, .caption b {color: var(--body-text-color); font-weight: 400}
 .about code, .caption code {background: transparent; border: 0; padding: 0; font-size: 13px; overflow-wrap: anywhere}
-#line .about {padding-top: 28px}
 .cost {margin: -10px 0 0; font-family: var(--font-mono) !important; font-size: 13px; color: var(--body-text-color-subdued); line-height: 1.5}
 .cost b {color: var(--body-text-color); font-weight: 400} .cost i {font-style: normal; opacity: .6} .cost span {display: block; font-family: var(--font)}
 .cost.bad {color: #b3421f; font-family: var(--font) !important} .dark .cost.bad {color: #f0906f}
 .numbers {display: flex; flex-wrap: wrap; gap: 10px 36px; margin: 0 0 4px} .numbers dd {margin: 0; font-family: var(--font-mono); font-size: 17px; color: var(--body-text-color)}
-.film {display: grid; grid-template-columns: 70px repeat(var(--n), var(--w)); grid-template-rows: auto var(--h) 20px var(--h) auto; gap: 0 6px; overflow-x: auto; padding: 0 0 12px; width: 100%; max-width: 100%}
+.film {display: grid; grid-template-columns: clamp(58px, 6vw, 70px) repeat(var(--n), var(--w)); grid-template-rows: auto var(--h) 20px var(--h) auto; gap: 0 6px; overflow-x: auto; padding: 0 0 12px; width: 100%; max-width: 100%}
 .film .bed {grid-column: 2 / -1; background: var(--background-fill-secondary); border-radius: 2px; margin-bottom: 0}
 .film img {image-rendering: pixelated; display: block; max-width: none; margin: 0; border-radius: 0; z-index: 1; width: var(--w); height: var(--h)}
 .film .name {position: sticky; left: 0; z-index: 2; background: var(--body-background-fill); padding: 0 8px 0 0; grid-column: 1}
@@ -497,18 +507,17 @@ span[data-testid="block-info"], .group-name, .numbers dt, .film .name, table.pla
 .scroll {overflow: auto; max-height: 460px} .scroll table.plain {border-collapse: collapse; font-size: 14px; width: 100%; border: 0 !important; margin: 0} table.plain caption {text-align: left; padding-bottom: 4px}
 .scroll table.plain tr {border: 0 !important; background: transparent !important}
 .scroll table.plain th, .scroll table.plain td {text-align: left; padding: 5px 20px 5px 0; border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: top; color: var(--body-text-color); white-space: nowrap}
-.scroll table.plain td:last-child {white-space: normal} .scroll table.plain td {font-variant-numeric: tabular-nums}
+.scroll table.plain td:last-child {white-space: normal; min-width: 240px} .scroll table.plain td {font-variant-numeric: tabular-nums}
 .js-plotly-plot .plotly .infolayer text, .js-plotly-plot .plotly .xaxislayer-above text, .js-plotly-plot .plotly .yaxislayer-above text {fill: var(--body-text-color-subdued) !important}
 .tab-container button {font-size: 16px} .dark .tab-container button.selected {color: var(--primary-300)} .dark .tab-container button.selected::after {background: var(--primary-300)}
-.dark input[type=range] {--neutral-200: #3a4046}
+.dark input[type=range] {--neutral-200: #3a4046} input[type=range] {height: 20px; margin: 0} .slider_input_container {min-height: 24px} .form .block {overflow: visible !important}
 button.lg, button.md {white-space: nowrap; padding-left: 14px; padding-right: 14px}
 #velocity, #schedule, #chart, #loss, #paths {min-height: 0}
 :focus-visible {outline: 2px solid var(--primary-400) !important; outline-offset: 2px}
-dialog#keys {border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--body-background-fill); color: var(--body-text-color); padding: 24px 32px; max-width: 420px; margin: auto}
-dialog#keys::backdrop {background: rgba(0, 0, 0, .35)} dialog#keys td {padding: 4px 18px 4px 0} dialog#keys h2 {margin: 0 0 10px; font-size: 18px; font-weight: 700}
-@media (min-width: 901px) {.aside {flex: 0 0 288px !important; min-width: 288px !important} .split {flex-wrap: nowrap !important; gap: 44px !important} .column .column + .column {min-width: 0} #side {position: sticky; top: 16px; align-self: flex-start}}
-@media (max-width: 900px) {.main.fillable {padding: 16px 14px 32px !important} .split {flex-direction: column} .split > .column {width: 100% !important; min-width: 0 !important; flex: none !important}
-  .film {grid-template-columns: 56px repeat(var(--n), var(--w))} #head .keys {display: none} #line .about {padding-top: 0}}
+dialog#keys {font-family: 'IBM Plex Sans', system-ui, sans-serif; border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--body-background-fill); color: var(--body-text-color); padding: 24px 32px; max-width: 420px; margin: auto}
+dialog#keys::backdrop {background: rgba(0, 0, 0, .35)} dialog#keys td {padding: 4px 18px 4px 0} dialog#keys button {text-decoration: underline; background: none; border: 0; padding: 0; margin-top: 14px; font: inherit; cursor: pointer; color: inherit} dialog#keys h2 {margin: 0 0 10px; font-size: 18px; font-weight: 700}
+@media (min-width: 901px) {#line .about {padding-top: 28px} .aside {flex: 0 0 288px !important; min-width: 288px !important} .split {flex-wrap: nowrap !important; gap: 44px !important} .column .column + .column {min-width: 0} #side {position: sticky; top: 16px; align-self: flex-start}}
+@media (max-width: 900px) {.split {flex-direction: column} .split > .column {width: 100% !important; min-width: 0 !important; flex: none !important} #head .keys {display: none}}
 @media (prefers-reduced-motion: reduce) {* {animation: none !important; transition: none !important}}
 """
 
@@ -520,7 +529,7 @@ KEYS = """
   sheet.setAttribute('aria-label', 'keyboard');
   sheet.innerHTML = '<h2>Keyboard</h2><table><tr><td><kbd>s</kbd></td><td>sample</td></tr><tr><td><kbd>r</kbd></td><td>new seed and sample</td></tr>' +
     '<tr><td><kbd>Tab</kbd></td><td>next control</td></tr><tr><td><kbd>?</kbd></td><td>this sheet</td></tr><tr><td><kbd>Esc</kbd></td><td>close</td></tr></table>' +
-    '<form method="dialog"><button style="margin-top:14px;text-decoration:underline">Close</button></form>';
+    '<form method="dialog"><button>Close</button></form>';
   document.body.appendChild(sheet);
   document.addEventListener('click', (e) => {
     if (window.innerWidth <= 900 && e.target.closest('#sample, #reseed')) document.querySelector('#numbers').scrollIntoView({behavior: 'smooth', block: 'start'});
@@ -549,7 +558,7 @@ def build() -> gr.Blocks:
         with gr.Row(equal_height=False, elem_classes="split"):
             with gr.Column(scale=1, min_width=288, elem_classes="aside"):
                 found = menu()
-                run = gr.Dropdown(found, value=found[0][1] if found else None, label="Run", elem_id="run", filterable=len(found) > 8)
+                run = gr.Dropdown(found, value=preferred(), label="Run", elem_id="run", filterable=len(found) > 8)
             with gr.Column(scale=3, min_width=300):
                 line = gr.HTML(elem_id="line")
         with gr.Tabs():
@@ -612,15 +621,14 @@ def build() -> gr.Blocks:
 
         form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance]
         shown = [film, paths, velocity, schedule, done, code]
-        fits = [line, head, label, guidance, paths, film]
+        fits = [line, head, label, guidance, count, paths, film]
         sampling = dict(fn=sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
-        first = page.load(arrived, [run], [run, everything, *fits], api_name="runs", preprocess=False, **quick).success(**sampling, api_visibility="private")
+        first = page.load(arrived, None, [run, everything, *fits], api_name="runs", **quick).success(**sampling | dict(fn=greeted), api_visibility="private")
         pressed = go.click(**sampling, api_name="sample")
         fresh = reseed.click(lambda: int.from_bytes(os.urandom(4), "big") % 1_000_000, None, seed, api_name="seed", **quick).success(**sampling, api_visibility="private")
         changed = run.input(fitted, [run], fits, api_name="fit", preprocess=False, **quick).success(**sampling, api_visibility="private")
         stop.click(None, None, None, cancels=[pressed, fresh, changed, first], api_name=False)
-        for part in (solver, by, amount):
-            part.change(cost, [solver, by, amount], price, preprocess=False, api_name="cost" if part is amount else None, api_visibility="public" if part is amount else "private", **quick)
+        gr.on([solver.change, by.change, amount.change], cost, [solver, by, amount], price, preprocess=False, api_name="cost", **quick)
         curves = [chart, caption, scores]
         measuring = fill.click(measured, [run, q_solver, q_nfe, q_n, q_seed], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
         halt.click(None, None, None, cancels=[measuring], api_name=False)
@@ -642,6 +650,15 @@ def free_port(host: str, port: int) -> int:
             except OSError:
                 continue
     raise ValueError(f"port = {port}: no port from here to {min(port + 99, 65535)} is free on {host}")
+
+
+def warm() -> None:
+    "Open the default run and take two steps, so that the first visitor does not pay for the first call."
+    try:
+        for _ in opened(preferred()).walk(index=8, steps=2):
+            pass
+    except Exception as e:
+        LOG.warning("the default run could not be warmed up: %s", sentence(e))
 
 
 def main(argv: list = None) -> int:
@@ -669,6 +686,7 @@ def main(argv: list = None) -> int:
     page = build()
     _, address, _ = page.launch(server_name=asked.host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True, show_error=False,
                                 theme=THEME, css=CSS, js=KEYS, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=False)
+    threading.Thread(target=warm, daemon=True).start()
     print(f"explorer ready at {address}  (Ctrl-C stops it)", flush=True)
     try:
         page.block_thread()

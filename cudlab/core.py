@@ -109,7 +109,7 @@ def parse(
     text: str, # what a person typed for one value
     kind: type = None, # the type expected, if it is known
 ):
-    "A typed value from text: `8`, `1e-3`, `true`, `none`-free; text stays text where a text is expected."
+    "A typed value from text: a number, true or false, else the text itself; always the text where a text is expected."
     if kind is str:
         return text
     low = text.strip().lower()
@@ -177,11 +177,14 @@ def settings(
 ) -> Settings:
     "The lab's settings, read anew: `settings.ini` of the nearest folder above, then `CUDLAB_*` variables."
     start = Path(start or os.getcwd()).resolve()
-    places = [*([start] if start.is_dir() else []), *start.parents, *Path(__file__ if "__file__" in globals() else start).resolve().parents]
+    package = Path(globals().get("__file__", start)).resolve()
+    places = [start, *start.parents, *package.parents]
     root = next((p for p in places if (p / "settings.ini").is_file()), None)
-    ini = configparser.ConfigParser()
-    if root:
-        ini.read(root / "settings.ini", encoding="utf-8")
+    ini = configparser.ConfigParser(interpolation=None)
+    try:
+        ini.read([root / "settings.ini"] if root else [], encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{root / 'settings.ini'} cannot be read: {' '.join(str(e).split())}") from None
     given = {k: v for k, v in (ini["lab"].items() if ini.has_section("lab") else ()) if k not in ini.defaults()}
     known = {f.name: f.type for f in fields(Settings) if f.name != "root"}
     given |= {k: os.environ[f"CUDLAB_{k.upper()}"] for k in known if os.environ.get(f"CUDLAB_{k.upper()}")}
@@ -218,8 +221,8 @@ def use_threads(
     count: int = None, # CPU threads; default: `threads` in settings.ini
 ) -> int:
     "Set torch's CPU threads and say how many there are now."
-    count = settings().threads if count is None else count
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads((settings().threads if count is None else count) or cores)
     return torch.get_num_threads()
 
 # %% ../nbs/00_core.ipynb #7e921ac6
@@ -267,7 +270,7 @@ class Rng:
     def uniform(self, stream: str, index, shape: tuple = ()) -> torch.Tensor:
         "Uniform values strictly between 0 and 1, float32, (B, *shape)."
         words = self.bits(stream, index, math.prod(shape))
-        return ((words >> 8).float() + 0.5).mul_(2.0**-24).unflatten(1, shape) if shape else ((words[:, 0] >> 8).float() + 0.5).mul_(2.0**-24)
+        return ((words >> 8).float() + 0.5).mul_(2.0**-24).reshape(-1, *shape)
 
     def normal(self, stream: str, index, shape: tuple = ()) -> torch.Tensor:
         "Standard normal values by Box and Muller, float32, (B, *shape)."
@@ -276,7 +279,7 @@ class Rng:
         u, angle = ((words[:, 0::2].float() + 0.5) * 2.0**-32), words[:, 1::2].float() * (2 * math.pi * 2.0**-32)
         radius = u.clamp_(max=1.0).log_().mul_(-2).sqrt_()
         out = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)[:, :count]
-        return out.unflatten(1, shape) if shape else out[:, 0]
+        return out.reshape(-1, *shape)
 
     def integers(self, stream: str, index, high: int) -> torch.Tensor:
         "Whole numbers in [0, high), int64, (B,)."

@@ -239,10 +239,10 @@ class UNet(nn.Module):
         "All K velocities at (x, t)."
         return self(x, t, y, r, heads=True)
 
-# %% ../nbs/03_net.ipynb #97d6875f
+# %% ../nbs/03_net.ipynb #e9388885
 NETS = {
     "mlp": lambda shape, **o: MLP(shape, **o),
-    "digits": lambda shape, **o: UNet(shape, 32, (1, 1), 2, (), **o),
+    "digits": lambda shape, **o: UNet(shape, 32, (1, 1, 1), 1, (), **o),
     "mnist": lambda shape, **o: UNet(shape, 32, (2, 2, 2), 2, (16,), **o),
     "cifar10-small": lambda shape, **o: UNet(shape, 64, (2, 2, 2), 2, (16,), **o),
     "cifar10": lambda shape, **o: UNet(shape, 128, (2, 2, 2), 4, (16,), **o),

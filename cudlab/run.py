@@ -595,8 +595,10 @@ def parameters(
             raise ValueError(f"unknown parameter {str(key)[:80]!r}{guess(key, job_keys + config_keys)}; one of {', '.join(config_keys + job_keys)}")
     params = {k: arguments(v) if k == "args" and isinstance(v, str) else v for k, v in params.items()}
     config = make(Config, {k: v for k, v in params.items() if k in config_keys})
+    job = make(Job, {k: v for k, v in params.items() if k in job_keys})
     method_of(config)
-    return config, make(Job, {k: v for k, v in params.items() if k in job_keys})
+    find_device(job.device)
+    return config, job
 
 # %% ../nbs/20_run.ipynb #b9b21756
 def keep_notebook(

@@ -246,8 +246,8 @@ def walk(
         raise ValueError(f"ts = {ts.flatten()[:6].tolist()} is not a decreasing row of at least two times in [0, 1]")
     counted, times = Counted(f, len(x)), ts.tolist()
     yield State(0, times[0], x, None, 0.0)
-    for i, (x, v) in enumerate(entry.walk(counted, x, ts), 1):
-        yield State(i, times[i], x, v, counted.nfe)
+    for i, (xs, v) in enumerate(entry.walk(counted, x, ts), 1):
+        yield State(i, times[i], xs, v, counted.nfe)
 
 # %% ../nbs/04_solver.ipynb #42528deb
 def solve(

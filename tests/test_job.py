@@ -27,26 +27,29 @@ def notebook(tmp_path):
     return nbformat.read(next((tmp_path / ".jobs").glob("*.ipynb")), 4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_waits_for_the_save(job, tmp_path, number):
+def test_a_stop_waits_for_the_save(job, tmp_path):
     "papermill alone gives a stopped kernel 2.5 seconds; a large checkpoint takes longer."
     process = job("import time\ntry:\n    print('ready', flush=True)\n    time.sleep(100)\nexcept KeyboardInterrupt:\n"
                   "    time.sleep(4)\n    open('saved', 'w').close()\n    print('saved')")
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved" in out and not err
     assert (tmp_path / "saved").exists()
     assert {o.output_type for o in notebook(tmp_path).cells[-1].outputs} == {"stream"}
 
 
-def test_parameters_arrive_and_a_failure_is_a_sentence(job, tmp_path):
-    process = job("print('n is', n)\nraise ValueError('n = 3 is out of range: at most 2')", "-p", "n", "3")
+@pytest.mark.parametrize("error, status, lines", [
+    ("ValueError", 2, ["n = 3 is out of range: at most 2"]),
+    ("KeyError", 1, ["KeyError: 'n = 3 is out of range: at most 2'", "The traceback is in "]),
+])
+def test_parameters_arrive_and_a_failure_is_a_sentence(job, tmp_path, error, status, lines):
+    process = job(f"print('n is', n)\nraise {error}('n = 3 is out of range: at most 2')", "-p", "n", "3")
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and out == "n is 3\n"
-    first, second = err.splitlines()
-    assert first == "n = 3 is out of range: at most 2" and str(tmp_path / ".jobs") in second
+    assert process.returncode == status and out == "n is 3\n"
+    assert len(err.splitlines()) == len(lines) and all(a.startswith(b) for a, b in zip(err.splitlines(), lines))
+    assert notebook(tmp_path).cells[0].source
 
 
 def test_wrong_usage_is_a_sentence(job):

@@ -27,9 +27,12 @@ from cudlab.features import save_classifier
 from cudlab.features import shifted
 from cudlab.features import train_classifier
 from cudlab.metrics import PROTOCOL
+from cudlab.metrics import Evaluation
 from cudlab.metrics import comparable
 from cudlab.metrics import curve
 from cudlab.metrics import endpoint_error
+from cudlab.metrics import evaluate
+from cudlab.metrics import evaluation
 from cudlab.metrics import frechet
 from cudlab.metrics import interval
 from cudlab.metrics import kernel_distance
@@ -37,11 +40,14 @@ from cudlab.metrics import measure
 from cudlab.metrics import plan
 from cudlab.metrics import precision_recall
 from cudlab.metrics import reference_features
-from cudlab.metrics import reference_flow
+from cudlab.metrics import sliced
 from cudlab.metrics import straightness
+from cudlab.metrics import summary
 from cudlab.path import Mixture
 from cudlab.path import grid
 from cudlab.path import linear
+from cudlab.solver import Trajectory
+from cudlab.solver import solve
 from cudlab.solver import walk
 
 # features
@@ -234,19 +240,19 @@ def test_interval_of_one_and_of_none():
 # the sampler against its flow
 
 
-def test_reference_flow_of_a_gaussian_is_exact():
-    std = 0.5
-    flow = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.tensor([std], dtype=torch.float64))
-    x1 = noise(0, 64, (2,)).double()
-    assert endpoint_error(reference_flow(flow, x1, torch.tensor([1.0, 0.0])).x, std * x1) < 1e-5
-
-
 def test_straightness_of_known_flows():
-    ts = torch.linspace(1, 0, 17)
-    x = noise(0, 8, (2,))
-    assert straightness(reference_flow(lambda x, t: torch.ones_like(x), x, ts)) < 1e-8
-    circle = reference_flow(lambda x, t: math.pi * torch.stack([-x[:, 1], x[:, 0]], 1), x.double(), ts)
-    assert straightness(circle) == pytest.approx((x.double().square().mean() * (math.pi**2 - 4)).item(), rel=0.05)
+    ts = torch.linspace(1, 0, 201)
+    x = noise(0, 8, (2,)).double()
+    assert straightness(solve(lambda x, t: torch.ones_like(x), x, ts, "heun")) < 1e-8
+    circle = solve(lambda x, t: math.pi * torch.stack([-x[:, 1], x[:, 0]], 1), x, ts, "rk4")
+    assert straightness(circle) == pytest.approx((x.square().mean() * (math.pi**2 - 4)).item(), rel=0.02)
+
+
+def test_end_point_error_of_a_gaussian_flow():
+    flow = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64))
+    x1 = noise(0, 64, (2,)).double()
+    errors = [endpoint_error(solve(flow, x1, grid("uniform", n), "euler").x, 0.5 * x1) for n in (16, 32)]
+    assert 1.7 < errors[0] / errors[1] < 2.3
 
 
 class Exact:
@@ -261,14 +267,15 @@ class Exact:
         means = math.sqrt(2 * (1 - 0.01)) * torch.stack([angles.cos(), angles.sin()], 1)
         self.flow = Mixture(means, torch.full((8,), 0.1))
 
-    def velocity(self, weights="ema", head=1, y=None, guidance=1.0):
-        return self.flow
-
     def walk(self, seed, index, steps, solver, grid: str, weights, head, y, guidance):
         from cudlab.path import grid as times
 
         self.asked.append((index, y))
         return walk(self.flow, noise(seed, index, (2,)), times(grid, steps), solver)
+
+    def solve(self, **choices):
+        states = list(self.walk(**choices))
+        return Trajectory(torch.tensor([s.t for s in states]), torch.stack([s.x for s in states]), torch.stack([s.v for s in states[1:]]), states[-1].nfe)
 
     def add_score(self, score):
         self.scores.append(score)
@@ -294,7 +301,7 @@ def test_the_batch_size_does_not_change_the_score():
 def test_samples_of_a_score_are_the_first_n_of_the_seed():
     run = Exact()
     measure(run, n=150, batch=64)
-    assert torch.cat([index for index, _ in run.asked]).tolist() == list(range(150))
+    assert torch.cat([index for index, _ in run.asked[:3]]).tolist() == list(range(150))
     run.config, run.classes = SimpleNamespace(data="gaussians", classes=True), ["a", "b", "c"]
     measure(run, n=16)
     assert run.asked[-1][1].tolist() == [k % 3 for k in range(16)]
@@ -371,3 +378,88 @@ def test_real_digits_are_near_and_noise_is_far():
     real = reference_features(load("digits"), features("digits-v1"))
     held_out = reference_features(load("digits", "test"), features("digits-v1"))
     assert frechet(held_out, real) < 0.2 * frechet(features("digits-v1")(noise(0, 300, (1, 8, 8)).clamp(-1, 1)), real)
+
+
+def test_sliced_distance_of_known_cases():
+    a = noise(0, 2000, (3,))
+    assert sliced(a, a) == 0
+    assert sliced(a, a + 1) == pytest.approx(1, rel=0.1)
+    assert sliced(a, 2 * a) == pytest.approx(1, rel=0.1)
+    assert sliced(a, a[:500]) < 0.15
+
+
+# a real run
+
+
+@pytest.fixture(scope="module")
+def moons(runs_path):
+    "A small class-conditional run on the plane."
+    from cudlab.core import Config
+    from cudlab.run import create
+    from cudlab.run import train
+
+    run = create(Config(method="rf", data="moons", steps=40, batch=64, classes=True), "metrics-moons")
+    list(train(run))
+    return run
+
+
+def test_measure_of_a_real_run(moons):
+    score = measure(moons, n=200, steps=2, guidance=1.5)
+    assert (score["run"], score["step"], score["nfe"], score["guidance"]) == ("metrics-moons", 40, 4, 1.5)
+    assert json.loads(json.dumps(score)) == score
+    assert measure(moons, n=200, steps=2, guidance=1.5, batch=31)["fd"] == pytest.approx(score["fd"], rel=1e-4)
+    assert measure(moons, n=200, steps=2, weights="raw")["fd"] != score["fd"]
+
+
+def test_measure_says_what_the_run_does_not_have(moons):
+    assert "head" in complaint(measure, moons, n=100, head=2)
+    assert "unknown weights 'avg'" in complaint(measure, moons, n=100, weights="avg")
+    assert "unknown grid" in complaint(measure, moons, n=100, grid="log")
+
+
+def test_the_job_writes_each_score_once(moons):
+    job = evaluation(dict(run="metrics-moons", solvers="euler heun", nfes=[2, 3], seeds="0 1", n=100))
+    lines = list(evaluate(job.target(), job))
+    assert len(lines) == 7 and len(moons.scores) == 6
+    assert all("measured before" in line for line in list(evaluate(job.target(), job))[1:]) and len(moons.scores) == 6
+    assert len(job.mine(moons.scores)) == 6 and not evaluation(dict(n=101)).mine(moons.scores)
+    rows = summary(job.mine(moons.scores))
+    assert [(r["solver"], r["nfe"], r["seeds"]) for r in rows] == [("euler", 2, 2), ("euler", 3, 2), ("heun", 2, 2)]
+    assert all(r["low"] < r["mean"] < r["high"] for r in rows)
+    mixed = moons.scores[:1] + [moons.scores[1] | {"n": 7}]
+    assert "n is 100 for one and 7 for the other" in complaint(summary, mixed)
+    assert summary(mixed, but=("n",))
+
+
+@pytest.mark.parametrize("bad, says", [
+    (dict(nfe=8), "did you mean 'nfes'"), (dict(nfes="1 two"), "nfes"), (dict(nfes=0), "nfes"), (dict(nfes=""), "nfes"), (dict(seeds="-1"), "seeds"),
+    (dict(solvers="eulr"), "did you mean 'euler'"), (dict(solvers=""), "no solver"), (dict(solvers="heun", nfes=1), "whole number of steps"), (dict(n=1), "n = 1"),
+    (dict(n="many"), "n = 'many'"), (dict(weights="best"), "weights"), (dict(seeds=True), "seeds"), (dict(run=3), "run"),
+])
+def test_the_job_refuses_wrong_parameters(bad, says):
+    assert says in complaint(evaluation, bad)
+
+
+@pytest.mark.slow
+def test_the_job_as_a_notebook(moons, tmp_path):
+    papermill = pytest.importorskip("papermill")
+    book = str(ROOT / "nbs" / "evaluate.ipynb")
+    before = len(moons.scores)
+    done = papermill.execute_notebook(book, str(tmp_path / "out.ipynb"), dict(run="metrics-moons", nfes=5, n=60), cwd=str(ROOT / "nbs"), progress_bar=False)
+    assert len(moons.scores) == before + 2
+    text = json.dumps(done)
+    assert "fd@points" in text and "image/png" in text
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'nfes'"):
+        papermill.execute_notebook(book, str(tmp_path / "bad.ipynb"), dict(run="metrics-moons", nfe=5), cwd=str(ROOT / "nbs"), progress_bar=False)
+
+
+def test_the_notebook_and_the_dataclass_have_the_same_parameters():
+    import ast
+    from dataclasses import fields
+
+    book = json.loads((ROOT / "nbs" / "evaluate.ipynb").read_text())
+    (cell,) = (c for c in book["cells"] if "parameters" in c["metadata"].get("tags", []))
+    source = "".join(cell["source"])
+    given = {n.target.id: ast.literal_eval(n.value) for n in ast.parse(source).body}
+    assert given == {f.name: f.default for f in fields(Evaluation)}
+    assert all("#" in line for line in source.splitlines())

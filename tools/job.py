@@ -2,10 +2,12 @@
 
     python tools/job.py nbs/train.ipynb -p method cud -p steps 500
 
-Arguments after the notebook go to papermill. Ctrl-C or SIGTERM interrupts the running cell, which saves its run and ends; a second
+Arguments after the notebook go to papermill. Ctrl-C, SIGTERM or a closed terminal interrupts the running cell, which saves its run and ends; a second
 one kills the job. The executed notebook goes to runs/.jobs/, and from there into the run's folder if the notebook displayed
-`{"run": folder}` as application/vnd.cudlab.result+json. Ends with papermill's exit status, or 130 if it was stopped.
+`{"run": folder}` as application/vnd.cudlab.result+json. Exit status as of `cudlab train`: 0 done, 2 wrong parameter, 3 stopped and resumable, 4 diverged;
+else papermill's, or 130 for a stop that saved nothing.
 """
+import contextlib
 import os
 import re
 import signal
@@ -21,6 +23,7 @@ import psutil
 from cudlab.core import settings
 
 RESULT = "application/vnd.cudlab.result+json"
+STATUS = {"ValueError": 2, "Stopped": 3, "Diverged": 4}
 NOISE = re.compile(r"^\[IPKernelApp\]")
 
 
@@ -58,10 +61,11 @@ def main(notebook: str, *args: str) -> int:
             if pid:
                 os.kill(pid, signal.SIGKILL)
         else:
-            print("\nstopping: the run is saved first (once more to stop at once)", flush=True)
             os.kill(pid, signal.SIGINT)
+            with contextlib.suppress(OSError):
+                print("\nstopping: the run is saved first (once more to stop at once)", flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     status = job.wait()
     reader.join(1)
@@ -73,11 +77,13 @@ def main(notebook: str, *args: str) -> int:
     if run:
         status = subprocess.run([sys.executable, "-m", "cudlab.run", "adopt", run, str(out)]).returncode or status
     error = next((o for o in found if o.output_type == "error"), None)
+    if error and error.ename in STATUS:
+        print(f"{error.evalue}", file=sys.stdout if error.ename == "Stopped" else sys.stderr)
+        return STATUS[error.ename]
     if stops:
         return 130
     if error:
-        what = error.evalue if error.ename == "ValueError" else f"{error.ename}: {error.evalue}"
-        print(f"{what}\nThe traceback is in {out}", file=sys.stderr)
+        print(f"{error.ename}: {error.evalue}\nThe traceback is in {out}", file=sys.stderr)
     elif status:
         print(next((line.strip() for line in reversed(log) if line.strip() and not NOISE.match(line)), ""), file=sys.stderr)
     return status

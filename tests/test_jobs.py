@@ -1,0 +1,187 @@
+"""Training jobs as real processes: resume bit for bit, real signals, bad parameters, papermill."""
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cudlab.run import Run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "Environment of a job whose runs go to a temporary folder."
+    return os.environ | {"CUDLAB_RUNS_PATH": str(tmp_path / "runs"), "CUDLAB_THREADS": "1", "OMP_NUM_THREADS": "1", "CUDLAB_DEVICE": "cpu"}
+
+
+def start(lab, *words):
+    command = [sys.executable, "-m", "cudlab.run", "train", *words]
+    return subprocess.Popen(command, cwd=ROOT, env=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def job(lab, *words):
+    process = start(lab, *words)
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def runs_path(lab) -> Path:
+    return Path(lab["CUDLAB_RUNS_PATH"])
+
+
+def content(folder: Path) -> dict:
+    "Hashes of weights, average, log and every tensor of the optimiser."
+    sums = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("net.safetensors", "ema.safetensors", "metrics.jsonl")}
+    state = torch.load(folder / "train_state.pt", weights_only=True)
+    for player, optim in state["optim"].items():
+        for i, slots in optim["state"].items():
+            for key, value in slots.items():
+                sums[f"{player}.{i}.{key}"] = hashlib.sha256(value.numpy().tobytes()).hexdigest()
+    return sums | {k: state[k] for k in ("step", "skipped", "streak")}
+
+
+def until_step(process, least: int) -> None:
+    "Read the job's lines until it has passed a step."
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= least:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+MANY = ("steps=100000", "batch=32", "log_every=5", "save_every=20")
+
+
+@pytest.mark.parametrize("method", [("method=rf",), ("method=cud", "args.heads=2"), ("method=cud", "args.coupling=true", "dropout=0.1"),
+                                    ("method=cud", "classes=true", "args.target=ema")], ids=["rf", "heads", "coupling", "classes"])
+def test_three_legs_equal_one(lab, method):
+    words = (*method, "steps=60", "batch=16", "log_every=10", "save_every=7")
+    assert job(lab, *words, "name=whole")[0] == 0
+    for stop, code in ((20, 3), (40, 3), (0, 0)):
+        assert job(lab, *words, "name=legs", f"until={stop}")[0] == code
+    assert content(runs_path(lab) / "whole") == content(runs_path(lab) / "legs")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_resumable(lab, sign):
+    process = start(lab, *MANY, "name=signalled")
+    until_step(process, 10)
+    process.send_signal(sign)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    run = Run.open(runs_path(lab) / "signalled")
+    assert run.step >= 10 and run.verify() == 5 and f"step {run.step} of" in out
+    assert job(lab, *MANY, "name=signalled", f"until={run.step + 3}")[0] == 3
+    assert Run.open(runs_path(lab) / "signalled").step == run.step + 3
+
+
+def test_a_stop_file_and_the_time_limit_end_a_job(lab):
+    process = start(lab, *MANY, "name=stopped")
+    until_step(process, 5)
+    (runs_path(lab) / "stopped" / "STOP").touch()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3 and "STOP file" in out
+    code, out, _ = job(lab, *MANY, "name=stopped", "minutes=0.05")
+    assert code == 3 and "time limit" in out
+
+
+def test_a_kill_at_any_moment_leaves_a_readable_checkpoint(lab):
+    rng = random.Random(0)
+    folder, last = runs_path(lab) / "killed", 0
+    for _ in range(4):
+        process = start(lab, "steps=100000", "batch=8", "log_every=1", "save_every=1", "name=killed")
+        until_step(process, last + 2)
+        time.sleep(rng.random() * 0.5)
+        process.kill()
+        process.wait()
+        run = Run.open(folder)
+        assert run.verify() >= 4 and run.step >= last
+        run.solve(index=2, steps=1)
+        last = run.step
+    assert not list(folder.glob(".tmp*"))
+
+
+def test_a_second_job_on_the_same_folder_refuses(lab):
+    process = start(lab, *MANY, "name=shared")
+    until_step(process, 5)
+    code, _, err = job(lab, *MANY, "name=shared")
+    process.terminate()
+    process.wait()
+    assert code == 2 and "another process" in err
+
+
+def test_divergence_keeps_the_last_good_state(lab):
+    code, _, err = job(lab, "data=moons", "steps=200", "lr=1", "clip=0", "args.w2=1e38", "batch=32", "save_every=1", "name=wild")
+    assert code == 4 and "not finite" in err
+    assert json.loads((runs_path(lab) / "wild" / "status.json").read_text())["status"] == "diverged"
+    assert all(torch.isfinite(p).all() for p in Run.open(runs_path(lab) / "wild").net("raw").parameters())
+
+
+BAD = [("metod=rf", "metod"), ("method=cdu", "cdu"), ("steps=ten", "steps"), ("steps=0", "steps"), ("lr=nan", "lr"), ("lr=-1", "lr"), ("batch=1e9", "batch"),
+       ("schedule=linear", "schedule"), ("dtype=float16", "float16"), ("args.aim=-1", "aim"), ("args.heads=two", "heads"), ("args.haeds=2", "haeds"),
+       ("data=imagenet", "imagenet"), ("data=folder:/nowhere", "/nowhere"), ("net=vit", "vit"), ("path=vp", "path"), ("seed=-1", "seed"), ("name=../up", "../up"),
+       ("device=gpu", "gpu"), ("minutes=-3", "minutes"), ("classes=maybe", "classes"), ("steps", "steps")]
+
+
+@pytest.mark.parametrize("word,names", BAD, ids=[w for w, _ in BAD])
+def test_bad_parameters_are_refused_in_a_sentence(lab, capsys, monkeypatch, word, names):
+    from cudlab.run import main
+    for key in ("CUDLAB_RUNS_PATH", "CUDLAB_DEVICE"):
+        monkeypatch.setenv(key, lab[key])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["train", "steps=3", word]) in (2, 5)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and names in said and said.count("\n") == 1 and "Traceback" not in said
+    assert not runs_path(lab).exists() or not list(runs_path(lab).iterdir())
+
+
+def papermill(lab, out, *params):
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/train.ipynb"), str(out), "--no-progress-bar", "--log-output"]
+    for key, value in params:
+        command += ["-p", key, str(value)]
+    return subprocess.Popen(command, env=lab, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("method,args", [("rf", ""), ("cud", "aim=8 heads=2")])
+def test_papermill_makes_a_run(lab, tmp_path, method, args):
+    process = papermill(lab, tmp_path / "out.ipynb", ("method", method), ("args", args), ("steps", 20), ("log_every", 5), ("name", "pm"))
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-2000:]
+    run = Run.open(runs_path(lab) / "pm")
+    assert run.step == 20 and run.config.method == method and len(run.metrics) == 4
+    first = run.solve(seed=1, index=4, steps=3).x
+    assert torch.equal(first, Run.open(runs_path(lab) / "pm").solve(seed=1, index=4, steps=3).x)
+    kept = json.loads((run.path / "train.ipynb").read_text())
+    assert any("step     20/20" in "".join(o.get("text", [])) for c in kept["cells"] for o in c.get("outputs", []))
+
+
+@pytest.mark.parametrize("key,value", [("stpes", 100), ("steps", "many"), ("args", "haeds=2")])
+def test_papermill_refuses_bad_parameters_before_training(lab, tmp_path, key, value):
+    process = papermill(lab, tmp_path / "out.ipynb", (key, value))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0 and "ValueError" in err and str(key if key != "args" else "haeds") in err
+    assert not runs_path(lab).exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_papermill_leaves_a_resumable_run(lab, tmp_path, sign):
+    process = papermill(lab, tmp_path / "out.ipynb", ("steps", 100000), ("batch", 16), ("log_every", 5), ("save_every", 10_000), ("name", "pm"))
+    log = runs_path(lab) / "pm" / "metrics.jsonl"
+    deadline = time.time() + 100
+    while time.time() < deadline and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(sign)
+    process.communicate(timeout=60)
+    status = runs_path(lab) / "pm" / "status.json"
+    while time.time() < deadline and not status.is_file():
+        time.sleep(0.1)
+    run = Run.open(runs_path(lab) / "pm")
+    assert json.loads(status.read_text())["status"] == "stopped" and run.step >= 5 and run.verify() == 5
