@@ -257,7 +257,7 @@ def sampled(*form):
             raise ValueError(f"head = {ask.head} is out of range: {run.name} has {run.heads}")
         start = shown = time.perf_counter()
         walk = run.walk(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance)
-        plane, states, spent = flat(run), [], 0.0
+        plane, states, spent, drawing = flat(run), [], 0.0, 0.0
         film = None if plane else Film(tuple(run.shape), ask.count, steps)
         code = script(ask, run, steps, y)
         while True:
@@ -274,10 +274,11 @@ def sampled(*form):
                     film.add(left.i, float(left.t), 4, run.noise_path.x0(left.x, state.v, torch.full((ask.count,), float(left.t), device=left.x.device)))
                 film.add(state.i, t, 2, state.x)
             now = time.perf_counter()
-            if len(states) == 1 or now - shown >= EVERY:
+            if len(states) == 1 or now - shown >= EVERY and drawing <= spent:
                 shown = now
                 done = numbers([("step", f"{state.i} of {steps}"), ("NFE so far", f"{state.nfe:g}"), ("time", f"{1000 * spent:.0f} ms")])
                 chart = plot.plane(torch.stack([s.x for s in states]), cloud(run.config.data), reach=3.2) if plane else None
+                drawing += time.perf_counter() - now
                 yield film.page if film else "", chart, gr.skip(), gr.skip(), done, gr.skip()
         if film:
             film.add(states[-1].i, float(states[-1].t), 4, states[-1].x)

@@ -56,23 +56,27 @@ class Classifier(nn.Module):
         channels: int = 1, # of the pictures
         widths: tuple = (32, 32, 64, 64), # channels of the convolutions; the last is the feature dimension
         classes: int = 10,
+        dense: int = 0, # width of a dense layer over the last map, the feature dimension then; 0 = average the map
+        cells: int = 16, # pixels of the last map, for the dense layer
+        normed: bool = True, # batch normalisation after each convolution
     ):
         super().__init__()
         sizes = list(zip((channels, *widths[:-1]), widths))
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in sizes)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b in sizes)
-        self.head = nn.Linear(widths[-1], classes)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=not normed) for a, b in sizes)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) if normed else nn.Identity() for _, b in sizes)
+        self.dense = nn.Linear(widths[-1] * cells, dense) if dense else None
+        self.head = nn.Linear(dense or widths[-1], classes)
 
     def features(
         self,
         x: torch.Tensor, # pictures in [-1, 1], (B, C, H, W)
     ) -> torch.Tensor:
-        "The last maps, averaged: (B, widths[-1])."
+        "The dense layer over the last maps, or their average: (B, dense or widths[-1])."
         for k, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = F.relu(norm(conv(x)))
-            if min(x.shape[-2:]) > 7 and k < len(self.convs) - 1:
-                x = F.avg_pool2d(x, 2)
-        return x.mean((2, 3))
+            if min(x.shape[-2:]) > 7 and bool(self.dense) <= k < len(self.convs) - 1:
+                x = F.max_pool2d(x, 2) if self.dense else F.avg_pool2d(x, 2)
+        return F.relu(self.dense(x.flatten(1))) if self.dense else x.mean((2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "Logits, (B, classes)."
@@ -98,10 +102,12 @@ def train_classifier(
     lr: float = 3e-3, # largest learning rate
     reach: int = 1, # largest shift, pixels
     seed: int = 0,
+    dense: int = 0, # see Classifier
+    normed: bool = True, # see Classifier
 ) -> Classifier:
     "A classifier trained on `data`, in eval mode; the same seed gives the same weights on one machine."
     torch.manual_seed(seed)
-    net = Classifier(data.shape[0], widths, len(data.classes)).to(data.device).train()
+    net = Classifier(data.shape[0], widths, len(data.classes), dense, normed=normed).to(data.device).train()
     steps = round(epochs * len(data) / batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
@@ -153,15 +159,17 @@ def load_classifier(
     if not file.stem.endswith(f"-{digest}"):
         raise ValueError(f"{file} is damaged: its content has the hash {digest}, its name another")
     tensors = load_tensors(blob)
-    convs = [tensors[f"convs.{k}.weight"] for k in range(sum(k.startswith("convs.") for k in tensors))]
-    net = Classifier(convs[0].shape[1], tuple(len(c) for c in convs), len(tensors["head.weight"]))
+    convs = [tensors[f"convs.{k}.weight"] for k in range(sum(k.startswith("convs.") and k.endswith(".weight") for k in tensors))]
+    dense = tensors.get("dense.bias", ())
+    cells = tensors["dense.weight"].shape[1] // len(convs[-1]) if len(dense) else 16
+    net = Classifier(convs[0].shape[1], tuple(len(c) for c in convs), len(tensors["head.weight"]), len(dense), cells, "norms.0.weight" in tensors)
     net.load_state_dict(tensors, strict=False)
     return net.eval()
 
 # %% ../nbs/21_features.ipynb #f043bfe2
 def folded(net: Classifier) -> Classifier:
     "The same classifier with each normalisation folded into its convolution: same features, half the time."
-    net.convs = nn.ModuleList(fuse_conv_bn_eval(conv, norm) for conv, norm in zip(net.convs, net.norms))
+    net.convs = nn.ModuleList(c if isinstance(n, nn.Identity) else fuse_conv_bn_eval(c, n) for c, n in zip(net.convs, net.norms))
     net.norms = nn.ModuleList(nn.Identity() for _ in net.norms)
     return net.to(memory_format=torch.channels_last)
 
@@ -189,9 +197,10 @@ def pixels(channels: int):
     name = "pixels-8" if channels == 1 else "pixels-8-rgb"
     return lambda: Extractor(name, "none", 64 * channels, lambda x0: F.adaptive_avg_pool2d(x0, 8).flatten(1))
 
-# %% ../nbs/21_features.ipynb #222afa8b
+# %% ../nbs/21_features.ipynb #2b5b1208
 FEATURES = {
     "digits-v1": shipped("digits-v1", "dbcacab2"),
+    "digits-v2": shipped("digits-v2", "4183e372"),
     "mnist-v1": shipped("mnist-v1", "ccabcae9"),
     "fashion-v1": shipped("fashion-v1", "2398a3bb"),
     "pixels-8": pixels(1),
@@ -221,5 +230,5 @@ def default_features(
     channels: int = 3, # of its pictures
 ) -> str:
     "The name of the feature space made for a data set."
-    made = {"digits": "digits-v1", "mnist": "mnist-v1", "fashion_mnist": "fashion-v1"} | dict.fromkeys(POINTS, "points")
+    made = {"digits": "digits-v2", "mnist": "mnist-v1", "fashion_mnist": "fashion-v1"} | dict.fromkeys(POINTS, "points")
     return made.get(data_name, "pixels-8" if channels == 1 else "pixels-8-rgb")

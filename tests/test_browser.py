@@ -170,14 +170,15 @@ def test_changing_the_run_refits_the_controls(visit):
 
 
 def test_missing_points_are_drawn_as_they_come(visit):
-    page = visit()
+    page = visit(run="moons-run")
     page.get_by_role("tab", name="Quality", exact=True).click()
+    page.locator("#caption", has_text="Nothing measured yet").wait_for()
     page.get_by_label("NFE").last.fill("1, 2")
     page.get_by_label("number input for Samples per score").fill("100")
     page.keyboard.press("Tab")
     page.get_by_role("button", name="Measure missing points").click()
-    page.locator("#scores tbody tr").nth(1).wait_for(timeout=60_000)
-    page.locator("#caption", has_text="digits-v1").wait_for()
-    assert page.locator("#chart .scatterlayer .trace .point").count() >= 2
+    page.locator("#scores tbody tr").nth(1).wait_for(timeout=120_000)
+    page.locator("#caption", has_text="points").wait_for()
+    page.wait_for_function("document.querySelectorAll('#chart .scatterlayer .point').length === 2")
     page.wait_for_timeout(400)
     page.screenshot(path=SHOTS / "measured-1280-light.png", full_page=True)

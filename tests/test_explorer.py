@@ -226,7 +226,7 @@ def test_missing_points_are_measured_one_by_one_and_kept(app):
     again = list(app.measured("digits-run", "euler", "1,2", 80, 0, lambda *a, **k: None))
     assert len(again) == 1 and len(app.opened("digits-run").scores) == 2
     chart, caption, table = again[-1]
-    for said in ("digits-v1", "80", "seeds"):
+    for said in ("digits-v2", "80", "seeds"):
         assert said in caption
     assert table.count("<tr>") == 3 and "<caption>" in table
 

@@ -1,0 +1,56 @@
+"""What `solve` and the run around it cost beyond the bare network calls, and how long the package takes to import."""
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from cudlab.core import noise
+from cudlab.core import use_threads
+from cudlab.net import Velocity
+from cudlab.net import network
+from cudlab.path import grid
+from cudlab.solver import SOLVERS
+from cudlab.solver import solve
+
+
+def seconds(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def overhead(name: str, shape: tuple, batch: int, steps: int = 8, rounds: int = 15) -> None:
+    "Ratio of a solve to as many bare calls, measured in turn."
+    net = network(name, shape).eval().to(memory_format=torch.channels_last)
+    x = noise(0, batch, shape).contiguous(memory_format=torch.channels_last)
+    t, ts = torch.full((batch,), 0.5), grid("uniform", steps)
+
+    def bare(calls):
+        for _ in range(calls):
+            net(x, t)
+
+    with torch.no_grad():
+        bare(4)
+        for solver in ("euler", "ab2", "ab4", "heun"):
+            calls = SOLVERS[solver].calls(steps)
+            ratios = sorted(seconds(lambda s=solver: solve(Velocity(net), x, ts, s)) / seconds(lambda n=calls: bare(n)) for _ in range(rounds))
+            print(f"solve {solver:5} {steps} steps, {name} network, batch {batch}: {statistics.median(ratios):.3f} x {calls} bare calls "
+                  f"(quartiles {ratios[rounds // 4]:.3f} to {ratios[3 * rounds // 4]:.3f})")
+
+
+def imports(rounds: int = 7) -> None:
+    "Seconds that `import cudlab.run` takes beyond `import torch`, fresh processes in turn."
+    clock = "import time; a = time.perf_counter(); import {}; print(time.perf_counter() - a)"
+    once = lambda what: float(subprocess.run([sys.executable, "-c", what], capture_output=True, text=True, check=True).stdout)
+    for module in ("cudlab", "cudlab.run"):
+        extra = [once("import torch;" + clock.format(module)) for _ in range(rounds)]
+        print(f"import {module}: {statistics.median(extra):.3f} s beyond import torch (median of {rounds})")
+
+
+if __name__ == "__main__":
+    use_threads()
+    overhead("digits", (1, 8, 8), 64)
+    overhead("mnist", (1, 28, 28), 32)
+    imports()
