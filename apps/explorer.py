@@ -316,23 +316,33 @@ def table(rows: list, columns: list, caption: str) -> str:
     return f"<div class='scroll' tabindex='0' role='group' aria-label='{html.escape(caption)}'><table class='plain'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def curve(name) -> tuple:
-    "The quality chart of a run, its protocol in words, and the same as a table."
+def peers(run: Run) -> list:
+    "The names of other runs on the same data, and those of them that ship with the lab."
+    others = [r for r in listed() if not r.damaged and r.data == run.config.data and r.name != run.name]
+    return [r.name for r in others], [r.name for r in others if r.shipped]
+
+
+def curve(name, against=None, solver="euler") -> tuple:
+    "The quality chart of a run beside others with the same solver, its protocol in words, and the same as a table."
     with in_words():
-        run = opened(name)
-        return drawn(run)
+        return drawn(opened(name), against, solver)
 
 
-def drawn(run: Run) -> tuple:
-    "Chart, caption and table of a run's scores."
+def drawn(run: Run, against=None, solver="euler") -> tuple:
+    "Chart, caption and table of a run's scores; other runs join the chart where their protocol is the same."
     scores = list(run.scores)
     group = protocol(scores)
+    for name in against or []:
+        if name != run.name:
+            found = [s for s in opened(name).scores if s.get("solver") == solver]
+            group = group or protocol(found)[:1]
+            group = group + [s for s in found if s not in group and not comparable(group[0], s)]
     if not group:
         return plot.quality([]), "<p class='caption'>Nothing measured yet. Choose a solver and the numbers of calls, then press <b>Measure missing points</b>.</p>", ""
     words = ", ".join(f"{html.escape(k)} <b>{html.escape(str(group[0][k]))}</b>" for k in (*PROTOCOL, "device") if group[0].get(k) not in (None, ""))
     seeds = ", ".join(str(s) for s in sorted({s.get("seed", 0) for s in group}))
     note = next((s["note"] for s in group if s.get("note")), "")
-    other = len(scores) - len(group)
+    other = sum(s not in group for s in scores)
     caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>.{f' {html.escape(note)}.' if note else ''}"
                f"{f' {other} scores measured under another protocol are in the table and not in the chart.' if other else ''}</p>")
     wide = [k for k in ("solver", "grid", "head", "steps", "nfe", "fd", "kd", "precision", "recall", "endpoint", "straightness", "seconds", "n", "seed", "weights", "extractor") if any(k in s for s in scores)]
@@ -353,7 +363,7 @@ def calls_wanted(text) -> list:
     return sorted(set(values))[:MOST["scores"]]
 
 
-def measured(name, solver, wanted, n, seed, progress=gr.Progress()):
+def measured(name, solver, wanted, n, seed, against=None, progress=gr.Progress()):
     "Measure the points that are missing, one by one: (chart, caption, table)."
     with in_words():
         ask, run = Ask(run=name, solver=solver, seed=seed, count=1), opened(name)
@@ -369,10 +379,10 @@ def measured(name, solver, wanted, n, seed, progress=gr.Progress()):
         for score in missing(run, (ask.solver,), tuple(budgets), progress=tell, n=n, seed=ask.seed):
             run.add_score(score)
             made += 1
-            yield drawn(run)
+            yield drawn(run, against, solver)
         if not made:
             gr.Info("All of these points are measured already.", duration=4)
-        yield drawn(run)
+        yield drawn(run, against, solver)
 
 
 @dataclass
@@ -433,7 +443,8 @@ def fitted(name) -> tuple:
         run = opened(name)
         line = (f"<p class='about'><b>{html.escape(run.config.method)}</b> on <b>{html.escape(run.config.data)}</b>, {run.step:,} training steps, "
                 f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}</p>")
-        return (line, gr.update(maximum=max(run.heads, 2), value=1, interactive=run.heads > 1), gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))),
+        others, ours = peers(run)
+        return (line, gr.update(choices=others, value=ours), gr.update(maximum=max(run.heads, 2), value=1, interactive=run.heads > 1), gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))),
                 gr.update(value=1.0, visible=bool(labels(run))), gr.update(value=64 if flat(run) else 8), gr.update(visible=flat(run)), gr.update(visible=not flat(run)))
 
 
@@ -449,7 +460,7 @@ def arrived(request: gr.Request = None) -> tuple:
         found = menu()
         chosen = preferred(request.query_params.get("run", "") if request else "")
         if chosen is None:
-            return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 6
+            return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 7
         return gr.update(choices=found, value=chosen), shelf(), *fitted(chosen)
 
 
@@ -601,7 +612,8 @@ def build() -> gr.Blocks:
                     with gr.Column(scale=1, min_width=288, elem_classes="aside"):
                         q_solver = gr.Dropdown([s for s in SOLVERS if SOLVERS[s].calls], value="euler", label="Solver", filterable=False)
                         q_nfe = gr.Textbox("1, 2, 4, 8, 16", label="NFE", info="network calls per sample, with commas", max_length=200)
-                        q_n = gr.Slider(100, 5000, value=1000, step=100, label="Samples per score")
+                        against = gr.Dropdown([], value=[], multiselect=True, label="Compare with", info="other runs on the same data, with this solver", elem_id="against")
+                        q_n = gr.Slider(100, 5000, value=2000, step=100, label="Samples per score")
                         q_seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
                         with gr.Row():
                             fill = gr.Button("Measure missing points", variant="primary", elem_id="measure", scale=2, min_width=170, size="md")
@@ -622,7 +634,7 @@ def build() -> gr.Blocks:
 
         form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance]
         shown = [film, paths, velocity, schedule, done, code]
-        fits = [line, head, label, guidance, count, paths, film]
+        fits = [line, against, head, label, guidance, count, paths, film]
         sampling = dict(fn=sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
         first = page.load(arrived, None, [run, everything, *fits], api_name="runs", **quick).success(**sampling | dict(fn=greeted), api_visibility="private")
         pressed = go.click(**sampling, api_name="sample")
@@ -631,11 +643,12 @@ def build() -> gr.Blocks:
         stop.click(None, None, None, cancels=[pressed, fresh, changed, first], api_name=False)
         gr.on([solver.change, by.change, amount.change], cost, [solver, by, amount], price, preprocess=False, api_name="cost", **quick)
         curves = [chart, caption, scores]
-        measuring = fill.click(measured, [run, q_solver, q_nfe, q_n, q_seed], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
+        measuring = fill.click(measured, [run, q_solver, q_nfe, q_n, q_seed, against], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
         halt.click(None, None, None, cancels=[measuring], api_name=False)
-        quality_tab.select(curve, [run], curves, preprocess=False, api_name="scores", **quick)
+        drawing = dict(fn=curve, inputs=[run, against, q_solver], outputs=curves, preprocess=False, **quick)
+        gr.on([quality_tab.select, against.change, q_solver.input], **drawing, api_name="scores")
         about_tab.select(about, [run], [facts, loss, made, config], preprocess=False, api_name="about", **quick)
-        run.input(curve, [run], curves, preprocess=False, api_visibility="private", **quick)
+        run.input(**drawing, api_visibility="private")
         run.input(about, [run], [facts, loss, made, config], preprocess=False, api_visibility="private", **quick)
     return page.queue(max_size=32)
 

@@ -171,7 +171,7 @@ def test_bad_input_is_answered_in_one_sentence(app, change):
 @pytest.mark.parametrize("nfe, n, seed", [("", 100, 0), ("1, two", 100, 0), ("0", 100, 0), ("99999", 100, 0), (None, 100, 0), ("1.5", 100, 0), ("1", 3, 0), ("1", None, 0),
                                           ("1", 10**9, 0), ("1", 100, "x"), ("1", float("nan"), 0)])
 def test_bad_measurements_are_answered_in_one_sentence(app, nfe, n, seed):
-    complains(lambda: list(app.measured("digits-run", "euler", nfe, n, seed, lambda *a, **k: None)))
+    complains(lambda: list(app.measured("digits-run", "euler", nfe, n, seed, progress=lambda *a, **k: None)))
 
 
 @pytest.mark.parametrize("name", ["fitted", "about", "curve"])
@@ -221,9 +221,9 @@ def test_open_runs_are_few_and_follow_their_manifest(app, lab):
 
 def test_missing_points_are_measured_one_by_one_and_kept(app):
     seen = []
-    steps = list(app.measured("digits-run", "euler", "2, 1 2", 80, 0, lambda at, **k: seen.append(at)))
+    steps = list(app.measured("digits-run", "euler", "2, 1 2", 80, 0, progress=lambda at, **k: seen.append(at)))
     assert [len(chart.data[0].x) for chart, _, _ in steps] == [1, 2, 2] and seen
-    again = list(app.measured("digits-run", "euler", "1,2", 80, 0, lambda *a, **k: None))
+    again = list(app.measured("digits-run", "euler", "1,2", 80, 0, progress=lambda *a, **k: None))
     assert len(again) == 1 and len(app.opened("digits-run").scores) == 2
     chart, caption, table = again[-1]
     for said in ("digits-v2", "80", "seeds"):
