@@ -23,8 +23,8 @@ def seconds(action) -> float:
 
 def overhead(name: str, shape: tuple, batch: int, steps: int = 8, rounds: int = 15) -> None:
     "Ratio of a solve to as many bare calls, measured in turn."
-    net = network(name, shape).eval().to(memory_format=torch.channels_last)
-    x = noise(0, batch, shape).contiguous(memory_format=torch.channels_last)
+    net = network(name, shape).eval()
+    x = noise(0, batch, shape)
     t, ts = torch.full((batch,), 0.5), grid("uniform", steps)
 
     def bare(calls):
@@ -32,7 +32,7 @@ def overhead(name: str, shape: tuple, batch: int, steps: int = 8, rounds: int = 
             net(x, t)
 
     with torch.no_grad():
-        bare(4)
+        bare(4 * steps)
         for solver in ("euler", "ab2", "ab4", "heun"):
             calls = SOLVERS[solver].calls(steps)
             ratios = sorted(seconds(lambda s=solver: solve(Velocity(net), x, ts, s)) / seconds(lambda n=calls: bare(n)) for _ in range(rounds))

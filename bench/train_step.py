@@ -64,8 +64,6 @@ def ours(data):
     config = Config(batch=BATCH, steps=10**6, schedule="constant")
     net = network("mnist", data.shape)
     objective = CUD().bind(net, linear, config.steps)
-    for module in (net, objective.ema["net"]):
-        module.to(memory_format=torch.channels_last)
     for tick in fit(objective, data, config):
         yield tick.losses["net"].item()
 

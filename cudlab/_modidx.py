@@ -231,6 +231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cudlab.run.interruptible': ('run.html#interruptible', 'cudlab/run.py'),
                             'cudlab.run.jsonl': ('run.html#jsonl', 'cudlab/run.py'),
                             'cudlab.run.keep_notebook': ('run.html#keep_notebook', 'cudlab/run.py'),
+                            'cudlab.run.layout': ('run.html#layout', 'cudlab/run.py'),
                             'cudlab.run.locate': ('run.html#locate', 'cudlab/run.py'),
                             'cudlab.run.locked': ('run.html#locked', 'cudlab/run.py'),
                             'cudlab.run.main': ('run.html#main', 'cudlab/run.py'),
