@@ -64,6 +64,7 @@ class Classifier(nn.Module):
         sizes = list(zip((channels, *widths[:-1]), widths))
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=not normed) for a, b in sizes)
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) if normed else nn.Identity() for _, b in sizes)
+        self.side = round(cells**0.5)
         self.dense = nn.Linear(widths[-1] * cells, dense) if dense else None
         self.head = nn.Linear(dense or widths[-1], classes)
 
@@ -74,9 +75,11 @@ class Classifier(nn.Module):
         "The dense layer over the last maps, or their average: (B, dense or widths[-1])."
         for k, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = F.relu(norm(conv(x)))
-            if min(x.shape[-2:]) > 7 and bool(self.dense) <= k < len(self.convs) - 1:
-                x = F.max_pool2d(x, 2) if self.dense else F.avg_pool2d(x, 2)
-        return F.relu(self.dense(x.flatten(1))) if self.dense else x.mean((2, 3))
+            if min(x.shape[-2:]) > 7 and (self.dense is not None) <= k < len(self.convs) - 1:
+                x = F.max_pool2d(x, 2) if self.dense is not None else F.avg_pool2d(x, 2)
+        if self.dense is None:
+            return x.mean((2, 3))
+        return F.relu(self.dense(F.adaptive_avg_pool2d(x, self.side).flatten(1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "Logits, (B, classes)."
