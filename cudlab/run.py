@@ -432,7 +432,7 @@ def create(
         return run
     objective, data = build(config, "cpu")
     info = {"config": asdict(config), "shape": list(data.shape), "classes": list(data.classes), "data": {"hash": data.hash, "note": data.note},
-            "parameters": sum(p.numel() for p in objective.net.parameters()), "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+            "parameters": sum(p.numel() for p in objective.net.parameters()), "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")}
     folder.mkdir(parents=True, exist_ok=True)
     settle(folder)
     files = {"config.json": json.dumps(info | provenance(), indent=1).encode()} | weights_of(objective)
