@@ -458,7 +458,10 @@ def arrived(request: gr.Request = None) -> tuple:
     "What a page shows on arrival: the runs there are now, and ?run=NAME or the newest of them chosen."
     with in_words():
         found = menu()
-        chosen = preferred(request.query_params.get("run", "") if request else "")
+        wanted = request.query_params.get("run", "") if request else ""
+        chosen = preferred(wanted)
+        if wanted and chosen != wanted:
+            gr.Warning(f"Run {html.escape(wanted[:60])!r} is not here or damaged; this is {chosen!r}.", duration=8)
         if chosen is None:
             return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 7
         return gr.update(choices=found, value=chosen), shelf(), *fitted(chosen)
@@ -678,11 +681,12 @@ def warm() -> None:
 def main(argv: list = None) -> int:
     "Start the explorer and serve until interrupted."
     parser = argparse.ArgumentParser(prog="explorer", description="Sample runs, watch every step, measure quality.")
-    parser.add_argument("--port", type=int, default=settings().port, help="the next free one is taken if it is busy")
+    parser.add_argument("--port", type=int, help="default: port in settings.ini; the next free one is taken if it is busy")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; the default is this machine only")
     parser.add_argument("--runs", nargs="*", default=[], metavar="NAME", help="show only these runs")
     asked = parser.parse_args(argv)
     try:
+        asked.port = settings().port if asked.port is None else asked.port
         names = {r.name for r in runs()}
         for name in asked.runs:
             if name not in names:

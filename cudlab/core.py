@@ -73,8 +73,8 @@ def checked(
     if choices and value not in choices:
         raise ValueError(f"{key} = {str(value)[:80]!r}{guess(value, choices)} is not one of {', '.join(map(str, choices))}")
     if kind in (int, float):
-        bounds = [f"above {above:g}" if above is not None else "", f"at least {low:g}" if low is not None else "",
-                  f"at most {high:g}" if high is not None else ""]
+        bounds = [f"above {above:g}" if above is not None else "", f"at least {low:,}" if low is not None else "",
+                  f"at most {high:,}" if high is not None else ""]
         fits = (above is None or value > above) and (low is None or value >= low) and (high is None or value <= high)
         if not (fits and math.isfinite(value)):
             raise ValueError(f"{key} = {value} is out of range: {' and '.join(b for b in bounds if b) or 'a finite number'}")
@@ -212,6 +212,8 @@ def device(
         found = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device = {name!r} is not a device; auto, cpu, cuda, cuda:0 or mps") from None
+    if found.type not in ("cpu", "cuda", "mps") or found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device = {name!r} is not supported here; auto, cpu, cuda, cuda:0 or mps where the machine has it")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device = {name!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices")
     return found

@@ -234,7 +234,7 @@ def quality(
         fig.add_trace(go.Scatter(
             x=nfe, y=mid, name=name, mode="lines+markers", text=hover, hovertemplate="%{text}<extra></extra>", showlegend=True,
             error_y=dict(type="data", symmetric=False, array=np.maximum(up, 0), arrayminus=np.maximum(down, 0), thickness=1.2, width=3),
-            line=dict(color=COLOURS[k % 6], dash=DASHES[k % 6], width=2), marker=dict(symbol=MARKS[k % 6], size=8)))
+            line=dict(color=COLOURS[k % 6], dash=DASHES[(k + k // 6) % 6], width=2), marker=dict(symbol=MARKS[(k + 2 * (k // 6)) % 6], size=8)))
     ticks = sorted({s["nfe"] for s in scores}) or [1, 2, 4, 8, 16, 32]
     frame(fig, height, "NFE (network calls per sample)", title)
     fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], range=None if scores else [-0.1, 1.6])

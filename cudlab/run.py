@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'USAGE', 'method_of', 'layout', 'build', 'digest', 'put', 
            'interruptible', 'clock', 'create', 'weights_of', 'restore', 'train', 'RunInfo', 'runs', 'Job', 'arguments',
            'given', 'parameters', 'keep_notebook', 'slim', 'from_words', 'main']
 
-# %% ../nbs/20_run.ipynb #51247b8e
+# %% ../nbs/20_run.ipynb #5075f3a7
 import contextlib
 import datetime
 import fcntl
@@ -17,6 +17,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -191,7 +192,7 @@ def run_name(
     config: Config, # the configuration of the run
 ) -> str:
     "The folder name a configuration gets: data, method, arguments; a short hash if anything else is not the default."
-    parts = [config.data.replace("folder:", "").strip("/").replace("/", "-").replace("@", "-"), config.method]
+    parts = [re.sub(r"[^\w.-]+", "-", config.data.removeprefix("folder:"), flags=re.ASCII).strip(".-") or "folder", config.method]
     parts += [f"{k}{v:g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k}-{v}" for k, v in sorted(config.args.items())]
     parts += ["classes"] * config.classes + [f"seed{config.seed}"] * bool(config.seed)
     named = {"data", "method", "args", "classes", "seed", "save_every", "log_every"}
@@ -417,8 +418,12 @@ def create(
     name: str = "", # folder name; default: from the configuration
 ) -> Run:
     "The run of a configuration: a new folder, or the existing one of exactly this configuration."
-    lab = settings()
+    lab, chosen = settings(), bool(name)
     name = name or run_name(config)
+    ships = (lab.checkpoints_path / name / "config.json").is_file() and not (lab.runs_path / name).exists()
+    if ships and chosen:
+        raise ValueError(f"name = {name!r} is taken by a run that ships with the lab; choose another name")
+    name += "-own" if ships else ""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
         raise ValueError(f"name = {name[:80]!r} is not a folder name of letters, digits, dots, dashes and underscores")
     folder = lab.runs_path / name
@@ -500,11 +505,11 @@ def train(
                 last_tick = tick
                 beats = [*beats[-99:], tick.seconds]
                 log_now = tick.step % config.log_every == 0 or tick.step == config.steps
-                if log_now:
+                if log_now or tick.step == first + 1:
                     row = {"step": tick.step, "loss": {k: v.item() for k, v in tick.losses.items()}, "grad_norm": {k: v.item() for k, v in tick.grad_norm.items()},
                            "lr": tick.lr, "skipped": tick.skipped}
                     with open(folder / "metrics.jsonl", "ab") as f:
-                        f.write((json.dumps(row) + "\n").encode())
+                        f.write((json.dumps(row) + "\n").encode() if log_now else b"")
                     beat = sum(beats) / len(beats)
                     losses = "  ".join(f"loss {v:.4f}" if k == "net" else f"{k} {v:.4f}" for k, v in row["loss"].items() if k == "net" or v != row["loss"].get("net"))
                     yield f"step {tick.step:>6}/{config.steps}  {losses}  {config.batch / beat:7,.0f} img/s  ETA {clock(beat * (config.steps - tick.step))}"
@@ -626,6 +631,8 @@ def slim(
 ) -> Run:
     "A copy without the training state, fit to be shipped: it samples and verifies but cannot be continued."
     target = Path(target)
+    if target.exists():
+        raise ValueError(f"folder {str(target)!r} exists; name a new one")
     target.mkdir(parents=True)
     names = ("config.json", "metrics.jsonl", "net.safetensors", "ema.safetensors")
     commit(target, {n: verified(run.path, n) for n in names}, {"step": run.step}, {})
