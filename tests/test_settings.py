@@ -77,7 +77,7 @@ def test_defaults_equal_the_file(root, tmp_path):
     ("colour = blue", ["colour", "one of", "runs_path"]),
     ("devise = cpu", ["devise", "did you mean 'device'"]),
     ("port = eighty", ["port", "eighty", "a whole number"]),
-    ("port = 0", ["port", "0", "at least 1", "at most 65535"]),
+    ("port = 0", ["port", "0", "at least 1", "at most 65,535"]),
     ("port = 7860.5", ["port", "7860.5", "a whole number"]),
     ("threads = -1", ["threads", "-1", "at least 0"]),
     ("threads = nan", ["threads", "nan"]),
