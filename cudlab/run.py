@@ -485,8 +485,7 @@ def train(
         objective, data = build(config, device)
         state, first = restore(run, objective), run.step
         where = next(objective.net.parameters()).device
-        log = read(folder, "metrics.jsonl")[: json.loads(read(folder, "MANIFEST.json"))["files"]["metrics.jsonl"]["bytes"]]
-        put(folder / "metrics.jsonl", log)
+        put(folder / "metrics.jsonl", verified(folder, "metrics.jsonl"))
         dtype = str(arithmetic(config, where, run.shape)).removeprefix("torch.")
         yield f"run {run.name}: {config.method} on {config.data}, {run.info['parameters'] / 1e6:.2f} M parameters, {where}, {dtype}, {'from' if first else 'starts at'} step {first}"
         beats, last_tick = [], None
