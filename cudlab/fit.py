@@ -38,14 +38,26 @@ class Objective(Args):
     def check(self, config: Config) -> None:
         "Raise a `ValueError` where arguments and configuration do not go together."
 
+    product = "net" # what training makes: a "net", or a "solver" for the network of a teacher
+    teacher = "" # the finished run that supervises, for methods that have one
+
+    def length(self, config: Config) -> int:
+        "How many ticks the training has."
+        return config.steps
+
+    def sampling(self) -> dict:
+        "How a run of this method is sampled where nobody says otherwise: steps, grid, solver (a run that is a solver is its own)."
+        return {"solver": "euler", "steps": 8, "grid": "uniform"}
+
     def bind(
         self,
         net: nn.Module, # the velocity network
         path: Path, # noise-to-data path
         steps: int, # length of the training, for schedules
+        flow: Callable = None, # flow(y) -> the teacher's velocity f(x, t), for methods with a teacher
     ) -> "Objective":
         "Attach the players; returns self."
-        self.net, self.path, self.steps = net, path, steps
+        self.net, self.path, self.steps, self.flow = net, path, steps, flow
         self.players = {"net": net} | self.extras(net.shape)
         self.ema = {name: copy.deepcopy(m).eval().requires_grad_(False) for name, m in self.players.items()}
         return self
@@ -53,6 +65,10 @@ class Objective(Args):
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
         "The loss of each player on data x0 (B, *S) with labels y (B,) or None; the same tensor for players that share it."
         raise NotImplementedError
+
+    def fit(self, data, config: Config, state: dict = None) -> Iterator:
+        "The training as an iterator of `Tick`: the loop below, unless a method has a better way than gradients."
+        return fit(self, data, config, state)
 
     def velocity(self, net: nn.Module, y: Tensor = None, head: int = 1, guidance: float = 1.0) -> Callable:
         "How a trained network of this method is seen by a solver: f(x, t) -> v."
@@ -111,6 +127,7 @@ class Tick:
     skipped: int # non-finite steps so far
     seconds: float # wall time of this step
     state: Callable # () -> what a resume needs besides the weights
+    note: str = "" # what else is worth a line; a tick with a note is always logged
 
 # %% ../nbs/05_fit.ipynb #a2fde3d1
 def fit(

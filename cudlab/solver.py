@@ -10,7 +10,7 @@ __all__ = ['euler', 'midpoint', 'heun', 'kutta3', 'rk4', 'KINDS', 'CLOCKS', 'TEX
            'edm_stages', 'rk45', 'Solver', 'each', 'exponential', 'warmed', 'started', 'in_noise', 'solver_of',
            'steps_for', 'State', 'Trajectory', 'walk', 'solve']
 
-# %% ../nbs/04_solver.ipynb #29f8711b
+# %% ../nbs/04_solver.ipynb #428d625c
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ import numpy
 import torch
 from torch import Tensor
 
-from .core import guess
 from .core import pick
 from .path import Level
 from .path import Path
@@ -414,7 +413,8 @@ class Solver:
     grid: str = "uniform" # native grid: a name in GRIDS
     finite: bool = False # needs a finite log signal-to-noise ratio at the start
     adjustable: bool = False # whether its moves can be adjusted, which is what D-ODE learns
-    ts: tuple = () # times it was fitted for; () = any
+    ts: tuple = () # the times it was fitted for; () = any
+    made_for: dict = None # what it was fitted to, where that matters: run, network (SHA-256), head, guidance
 
 
 def each(calls: int) -> Callable:
@@ -556,6 +556,9 @@ def walk(
     if entry.finite and levels(path, ts[:1])[0].alpha < 1e-6:
         raise ValueError(f"ts[0] = {ts[0].item():g} is pure noise on the {path.name} path, and this solver needs a finite noise level; take a grid(..., finite=True)")
     counted, times = Counted(f, len(x)), ts.tolist()
+    if entry.ts and (len(ts) != len(entry.ts) or max(abs(a - b) for a, b in zip(times, entry.ts)) > 1e-5):
+        shown = lambda row: f"{len(row) - 1} moves, t = {', '.join(f'{t:.3f}' for t in row[:4])}{', ...' if len(row) > 4 else ''}"
+        raise ValueError(f"this solver was fitted for one grid ({shown(entry.ts)}), not for this one ({shown(times)})")
     yield State(0, times[0], x, None, 0.0)
     for i, (xs, v) in enumerate(entry.walk(counted, x, ts, path, lower_order_final=lower_order_final), 1):
         yield State(i, times[i], xs, v, counted.nfe)
