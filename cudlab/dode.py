@@ -6,7 +6,7 @@
 __all__ = ['NATIVE', 'REFERENCE', 'Adjusted', 'learned', 'places', 'nested', 'targets', 'lagging_targets', 'greedy', 'joint',
            'Numbers', 'DODE']
 
-# %% ../nbs/12_dode.ipynb #336df128
+# %% ../nbs/12_dode.ipynb #f4389f42
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from torch import nn
 from .core import Config
 from .core import Rng
 from .core import spec
+from .fit import Diverged
 from .fit import Objective
 from .fit import Tick
 from .path import GRIDS
@@ -161,14 +162,12 @@ def joint(
     base: Solver, # an adjustable solver
     goal: Tensor, # where the teacher ends, (B, *S)
     lam: Tensor, # where to start, (K, 1) or (K, C), from `greedy`
-    rounds: int = 4, # Gauss-Newton steps
-    width: float = 0.02, # of the central differences
+    rounds: int = 3, # Gauss-Newton steps
+    width: float = 0.01, # of the differences
 ) -> Tensor:
     "lam that brings the final state nearest to the teacher's, in the shape of `lam`, float64."
     def gap(lam):
-        end = x
-        for end, _ in base.walk(f, x, ts, path, adjust=Adjusted(lam)):
-            pass
+        *_, (end, _) = base.walk(f, x, ts, path, adjust=Adjusted(lam))
         return (end - goal).double().flatten()
 
     rest = gap(lam)
@@ -178,7 +177,7 @@ def joint(
         for i in free:
             nudge = torch.zeros(lam.numel(), dtype=torch.float64)
             nudge[i] = width
-            columns.append((gap(lam + nudge.view_as(lam)) - gap(lam - nudge.view_as(lam))) / (2 * width))
+            columns.append((gap(lam + nudge.view_as(lam)) - rest) / width)
         jacobian = torch.stack(columns, 1)
         square = jacobian.T @ jacobian
         trials = []
@@ -256,9 +255,14 @@ class DODE(Objective):
         self.net, self.path, self.steps, self.flow = net, path, steps, flow
         self.entry = SOLVERS[self.base]
         self.ts = grid(self.times, self.moves, path, self.entry.finite)
-        self.players = {"solver": Numbers(len(places(self.entry, self.ts, path)), net.shape[0] if self.channels else 1, self.batches)}
+        self.players = {"solver": self.numbers(path, net.shape)}
         self.ema = self.players
         return self
+
+    def numbers(self, path: Path, shape: tuple) -> Numbers:
+        "Room for the numbers of samples of this shape."
+        ts = grid(self.times, self.moves, path, SOLVERS[self.base].finite)
+        return Numbers(len(places(SOLVERS[self.base], ts, path)), shape[0] if self.channels else 1, self.batches)
 
     @property
     def leans(self) -> bool:
@@ -301,7 +305,9 @@ class DODE(Objective):
             numbers.add(self.calibrate(x, f))
             error = rms(held, self.solver(numbers.lam.cpu(), source=""))
             shown = [f"{v:.3f}" for v in numbers.lam.mean(1).tolist()]
-            note = f"held-out error {error:.4f}, {self.base} {without:.4f}; lam {' '.join(shown)}"
+            note = f"lam {' '.join(shown)}"
             if k == self.batches - 1 and k:
                 note += f"; spread {' '.join(f'{v:.3f}' for v in numbers.spread.mean(1).tolist())}"
-            yield Tick(k + 1, {"solver": error, "base": without}, {}, 0.0, 0, time.perf_counter() - began, lambda step=k + 1: {"step": step}, note)
+            if not torch.isfinite(error):
+                raise Diverged(f"the numbers of {self.base} with {self.moves} moves are not finite; use more samples (now {size}) or another base")
+            yield Tick(k + 1, {"solver": error, self.base: without}, {}, 0.0, 0, time.perf_counter() - began, lambda step=k + 1: {"step": step}, note)

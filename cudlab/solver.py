@@ -179,13 +179,13 @@ def multistep(
     kind: str, # what is remembered: "v", "eps" or "x0"
     memory: int, # how many predictions
     rule: Callable, # rule(nodes newest first, s, path) -> a weight for each node
-    lower: bool = False, # lower_order_final where the caller does not say
+    lower: int = 0, # where the caller does not say: lower_order_final in fewer moves than this
     warm: Callable = None, # stages of the Runge-Kutta moves at the start
     corrector: Callable = None, # rule(nodes with the new one first, path) -> a weight for each
 ) -> Callable:
     "The solver that weighs its last predictions: walk(f, x, ts, path, lower_order_final, adjust)."
     def walk(f: Callable, x: Tensor, ts: Tensor, path: Path = linear, lower_order_final: bool = None, adjust: Callable = None) -> Iterator[tuple]:
-        at, ts, falling = levels(path, ts), ts.to(x), lower if lower_order_final is None else lower_order_final
+        at, ts, falling = levels(path, ts), ts.to(x), len(ts) - 1 < lower if lower_order_final is None else lower_order_final
         seen, before, start, move = [], None, None, None
         for i, (t, s) in enumerate(zip(at[:-1], at[1:])):
             v = f(x, ts[i].expand(len(x)))
@@ -473,12 +473,12 @@ SOLVERS = {
     "dpm-2s": in_noise(singlestep("eps", dpm2_stages), 2, exponential(2), "DPM-Solver-2 (2206.00927)", "logsnr"),
     "dpm-3s": in_noise(singlestep("eps", dpm3_stages), 3, exponential(3), "DPM-Solver-3 (2206.00927)", "logsnr"),
     "dpmpp-2s": in_noise(singlestep("x0", partial(dpm2_stages, kind="x0")), 2, exponential(2), "DPM-Solver++(2S) (2211.01095)", "logsnr"),
-    "dpmpp-2m": in_noise(multistep("x0", 2, dpmpp_rule, lower=True), 2, each(1), "DPM-Solver++(2M) (2211.01095)", "logsnr"),
-    "dpmpp-3m": in_noise(multistep("x0", 3, dpmpp_rule, lower=True), 2, each(1), "DPM-Solver++(3M) (2211.01095)", "logsnr"),
+    "dpmpp-2m": in_noise(multistep("x0", 2, dpmpp_rule, lower=15), 2, each(1), "DPM-Solver++(2M) (2211.01095)", "logsnr"),
+    "dpmpp-3m": in_noise(multistep("x0", 3, dpmpp_rule, lower=15), 2, each(1), "DPM-Solver++(3M) (2211.01095)", "logsnr"),
     "edm-heun": in_noise(singlestep("eps", edm_stages), 2, exponential(2), "EDM's Heun (2206.00364)", "edm"),
 } | {
     f"{name}{p}-bh{bh}": in_noise(
-        multistep("x0", p, partial(unip_rule, bh=bh), lower=True, corrector=partial(unic_rule, bh=bh) if name == "unipc" else None),
+        multistep("x0", p, partial(unip_rule, bh=bh), lower=1001, corrector=partial(unic_rule, bh=bh) if name == "unipc" else None),
         order, each(1), f"{'UniPC' if name == 'unipc' else 'UniP, the predictor of UniPC'}, order {p}, bh{bh} (2302.04867)", "logsnr", name == "unip")
     for name, p, bh, order in (("unip", 2, 1, 2), ("unip", 2, 2, 2), ("unip", 3, 1, 2), ("unip", 3, 2, 2), ("unipc", 2, 1, 3), ("unipc", 2, 2, 3), ("unipc", 3, 1, 3), ("unipc", 3, 2, 4))
 }
