@@ -33,13 +33,17 @@ from cudlab.core import settings
 from cudlab.core import spec
 from cudlab.core import use_threads
 from cudlab.data import load
+from cudlab.dode import NATIVE
 from cudlab.metrics import PROTOCOL
 from cudlab.metrics import comparable
 from cudlab.metrics import curve as missing
 from cudlab.path import GRIDS
+from cudlab.run import METHODS
 from cudlab.run import Run
+from cudlab.run import count_of
 from cudlab.run import runs
 from cudlab.solver import SOLVERS
+from cudlab.solver import Solver
 from cudlab.solver import Trajectory
 from cudlab.solver import steps_for
 
@@ -48,6 +52,7 @@ MOST = dict(steps=256, nfe=1024, count=64, columns=33, scores=24, n=10_000)
 EVERY = 0.1
 SHARP = 2_000_000
 ANY = "any"
+LOWER = {"auto": None, "yes": True, "no": False}
 
 
 # What a person asked for, checked
@@ -58,14 +63,16 @@ class Ask(Args):
     run: str = spec("", "the run to sample")
     weights: str = spec("ema", "average or raw weights", choices=("ema", "raw"))
     head: int = spec(1, "output head of the network", low=1, high=64)
-    solver: str = spec("euler", "solver", choices=tuple(SOLVERS))
+    solver: str = spec("euler", "a name in SOLVERS, or a learned solver that fits the run")
     by: str = spec("steps", "what the amount counts", choices=("steps", "NFE"))
     amount: int = spec(8, "steps or NFE", low=1, high=MOST["nfe"])
-    grid: str = spec("uniform", "time grid", choices=tuple(GRIDS))
+    grid: str = spec("uniform", "time grid", choices=(*GRIDS, NATIVE))
     seed: int = spec(0, "seed of the starting noise", low=0, high=2**53 - 1)
     count: int = spec(8, "samples", low=1, high=MOST["count"])
     label: str = spec(ANY, "class")
     guidance: float = spec(1.0, "guidance scale", low=0, high=20)
+    lower_order_final: str = spec("auto", "lower orders in the last moves", choices=tuple(LOWER))
+    denoise: bool = spec(True, "last move to t = 0")
 
 
 NAMES = [f.name for f in fields(Ask)]
@@ -93,36 +100,6 @@ def in_words():
     except Exception as e:
         LOG.exception("the explorer failed")
         raise gr.Error(f"the explorer failed ({type(e).__name__}); the server's log says more", duration=8, print_exception=False) from None
-
-
-def moves(solver: str, by: str, amount: int) -> int:
-    "The number of moves an amount of steps or NFE stands for."
-    if by == "steps":
-        if amount > MOST["steps"]:
-            raise ValueError(f"steps = {amount} is out of range: at most {MOST['steps']}")
-        return amount
-    calls = SOLVERS[solver].calls
-    if calls is None:
-        raise ValueError(f"{solver} chooses its calls itself: ask for steps instead of NFE")
-    steps = steps_for(solver, amount)
-    if steps is None:
-        each = calls(1)
-        low, high = amount // each * each, (amount // each + 1) * each
-        raise ValueError(f"{solver} makes {each} calls a step, so NFE = {amount} is not possible; {f'{low} or {high}' if low else high} is")
-    if steps > MOST["steps"]:
-        raise ValueError(f"NFE = {amount} means {steps} steps; at most {MOST['steps']}")
-    return steps
-
-
-def cost(solver, by, amount) -> str:
-    "The line under the amount: steps and NFE, always both."
-    try:
-        ask = Ask(solver=solver, by=by, amount=amount)
-        steps, calls = moves(ask.solver, ask.by, ask.amount), SOLVERS[ask.solver].calls
-    except ValueError as e:
-        return f"<p class='cost bad' role='status'>{sentence(e)}</p>"
-    nfe = f"{calls(steps)} NFE" if calls else "NFE as needed"
-    return f"<p class='cost' role='status'><b>{steps}</b> {'step' if steps == 1 else 'steps'} <i>=</i> <b>{nfe}</b> <span>{html.escape(SOLVERS[ask.solver].source)}</span></p>"
 
 
 # Runs: known by id, opened once, read-only
@@ -189,6 +166,91 @@ def flat(run: Run) -> bool:
     return len(run.shape) == 1
 
 
+# Solvers: those of the lab, and the learned ones that fit a run
+
+def learned(run: Run = None) -> list:
+    "The finished runs that hold a solver, those that fit the network of a run if one is given."
+    held = [Run(r.path) for r in listed() if not r.damaged and r.step == r.steps and METHODS[r.method].product == "solver" and r.name not in SOLVERS]
+    if run is None:
+        return [h.name for h in held]
+    try:
+        network = run.source.network_hash()
+    except ValueError:
+        return []
+    return [h.name for h in held if h.info["teacher"]["network"] == network]
+
+
+def entry(name: str, run: Run = None) -> Solver:
+    "The solver of that name, if it is offered (for a run)."
+    if name in SOLVERS:
+        return SOLVERS[name]
+    if name in learned(run):
+        return opened(name).solver()
+    if name in learned():
+        raise ValueError(f"{name} was fitted for the network of {opened(name).info['teacher']['name']}, not for the one of {run.name}")
+    raise ValueError(f"the solver {name[:60]!r} is not offered here{guess(name[:60], [*SOLVERS, *learned(run)])}; choose one of the list")
+
+
+def moves(name: str, solver: Solver, by: str, amount: int, denoise: bool = True) -> int:
+    "The number of moves an amount of steps or NFE stands for."
+    only = len(solver.ts) - 1
+    if solver.ts and not denoise:
+        raise ValueError(f"{name} was fitted with a last move to t = 0; switch that on")
+    if by == "steps":
+        if solver.ts and amount != only:
+            raise ValueError(f"{name} was fitted for {only} steps, not for {amount}")
+        if amount > MOST["steps"]:
+            raise ValueError(f"steps = {amount} is out of range: at most {MOST['steps']}")
+        return amount
+    if solver.calls is None:
+        raise ValueError(f"{name} chooses its calls itself: ask for steps instead of NFE")
+    steps = steps_for(solver, amount, denoise)
+    if steps is None:
+        costs = [solver.calls(n, denoise) for n in ([only] if solver.ts else range(1, amount + 2))]
+        near = max((c for c in costs if c < amount), default=""), min((c for c in costs if c > amount), default="")
+        raise ValueError(f"NFE = {amount} is not possible with {name}; {' or '.join(str(c) for c in near if c)} is")
+    if steps > MOST["steps"]:
+        raise ValueError(f"NFE = {amount} means {steps} steps; at most {MOST['steps']}")
+    return steps
+
+
+def cost(solver, by, amount, denoise=True, run="") -> str:
+    "The lines under the amount: steps and NFE, always both, and what kind of solver this is."
+    try:
+        ask = Ask(solver=solver, by=by, amount=amount, denoise=denoise)
+        found = entry(ask.solver, opened(run) if run else None)
+        steps = moves(ask.solver, found, ask.by, ask.amount, ask.denoise)
+    except ValueError as e:
+        return f"<p class='cost bad' role='status'>{sentence(e)}</p>"
+    nfe = f"{found.calls(steps, ask.denoise)} NFE" if found.calls else "NFE as needed"
+    kind = f"fitted for {len(found.ts) - 1} steps on the {found.grid} grid" if found.ts else f"native grid {found.grid}"
+    return (f"<p class='cost' role='status'><b>{steps}</b> {'step' if steps == 1 else 'steps'} <i>=</i> <b>{nfe}</b> "
+            f"<span>order {found.order:g}, {kind}</span> <span>{html.escape(found.source)}</span></p>")
+
+
+BOUND = ("by", "amount", "grid", "weights", "lower_order_final", "denoise", "head", "guidance")
+
+
+def bound(solver: Solver) -> dict:
+    "The controls that a learned solver decides, and their values; none for other solvers."
+    usual = dict(by="steps", weights="ema", lower_order_final="auto", denoise=True)
+    return usual | dict(amount=len(solver.ts) - 1, grid=solver.grid, head=solver.made_for["head"], guidance=solver.made_for["guidance"]) if solver.ts else {}
+
+
+def decided(name, solver) -> tuple:
+    "What choosing a solver does to the controls in BOUND."
+    with in_words():
+        values = bound(entry(Ask(solver=solver).solver, opened(name)))
+        return tuple(values.get(key, gr.skip()) for key in BOUND)
+
+
+def budgeted(name, solver) -> tuple:
+    "What choosing a solver does to grid and NFE of the measurement."
+    with in_words():
+        found = entry(Ask(solver=solver).solver, opened(name))
+        return (found.grid, str(found.calls(len(found.ts) - 1))) if found.ts else (gr.skip(), gr.skip())
+
+
 # The film: one column a step, sent as it is made
 
 def picture(x: torch.Tensor, quality: int) -> str:
@@ -237,8 +299,9 @@ def numbers(pairs: list) -> str:
 
 def script(ask: Ask, run: Run, steps: int, y) -> str:
     "The Python that makes the same picture."
-    given = dict(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance)
-    usual = dict(weights="ema", head=1, y=None, guidance=1.0)
+    given = dict(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance,
+                 lower_order_final=LOWER[ask.lower_order_final], denoise=ask.denoise)
+    usual = dict(weights="ema", head=1, y=None, guidance=1.0, lower_order_final=None, denoise=True)
     shown = ", ".join(f"{k}={v!r}" for k, v in given.items() if k not in usual or usual[k] != v)
     return f"from cudlab.run import Run\n\ntrajectory = Run.open({run.name!r}).solve({shown})\ntrajectory.x, trajectory.nfe, trajectory.straightness.mean()"
 
@@ -247,7 +310,8 @@ def sampled(*form):
     "Stream a sampling: (film, paths, velocities, schedule, numbers, script) as they come to be."
     with in_words():
         ask = Ask(**dict(zip(NAMES, form)))
-        run, steps = opened(ask.run), moves(ask.solver, ask.by, ask.amount)
+        run = opened(ask.run)
+        steps = moves(ask.solver, entry(ask.solver, run), ask.by, ask.amount, ask.denoise)
         y = None
         if ask.label != ANY:
             if ask.label not in labels(run):
@@ -256,7 +320,8 @@ def sampled(*form):
         if ask.head > run.heads:
             raise ValueError(f"head = {ask.head} is out of range: {run.name} has {run.heads}")
         start = shown = time.perf_counter()
-        walk = run.walk(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance)
+        walk = run.walk(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance,
+                        lower_order_final=LOWER[ask.lower_order_final], denoise=ask.denoise)
         plane, states, spent, drawing = flat(run), [], 0.0, 0.0
         film = None if plane else Film(tuple(run.shape), ask.count, steps)
         code = script(ask, run, steps, y)
@@ -281,7 +346,8 @@ def sampled(*form):
                 drawing += time.perf_counter() - now
                 yield film.page if film else "", chart, gr.skip(), gr.skip(), done, gr.skip()
         if film:
-            film.add(states[-1].i, float(states[-1].t), 4, states[-1].x)
+            if not t:
+                film.add(steps, t, 4, states[-1].x)
             film.page += "</div>"
         tau = Trajectory(torch.tensor([float(s.t) for s in states]), torch.stack([s.x for s in states]).cpu(),
                          torch.stack([s.v for s in states[1:]]).cpu(), states[-1].nfe, run.noise_path)
@@ -322,19 +388,22 @@ def peers(run: Run) -> list:
     return [r.name for r in others], [r.name for r in others if r.shipped]
 
 
-def curve(name, against=None, solver="euler") -> tuple:
-    "The quality chart of a run beside others with the same solver, its protocol in words, and the same as a table."
+def curve(name, against=None, solver="euler", grid="uniform") -> tuple:
+    "The quality chart of a run beside others with the same solver and grid, its protocol in words, and the same as a table."
     with in_words():
-        return drawn(opened(name), against, solver)
+        ask, run = Ask(solver=solver, grid=grid), opened(name)
+        return drawn(run, against, ask.solver, ask.grid)
 
 
-def drawn(run: Run, against=None, solver="euler") -> tuple:
+def drawn(run: Run, against=None, solver="euler", grid="uniform") -> tuple:
     "Chart, caption and table of a run's scores; other runs join the chart where their protocol is the same."
     scores = list(run.scores)
-    group = protocol(scores)
+    group, same = protocol(scores), entry(solver, run)
+    alike = {solver} if solver in SOLVERS else {solver, getattr(opened(solver).method, "base", solver)}
+    grid = same.grid if grid == NATIVE else grid
     for name in against or []:
         if name != run.name:
-            found = [s for s in opened(name).scores if s.get("solver") == solver]
+            found = [s for s in opened(name).scores if s.get("solver") in alike and s.get("grid", "uniform") == grid]
             group = group or protocol(found)[:1]
             group = group + [s for s in found if s not in group and not comparable(group[0], s)]
     if not group:
@@ -346,8 +415,10 @@ def drawn(run: Run, against=None, solver="euler") -> tuple:
     caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>.{f' {html.escape(note)}.' if note else ''}"
                f"{f' {other} scores measured under another protocol are in the table and not in the chart.' if other else ''}</p>")
     wide = [k for k in ("solver", "grid", "head", "steps", "nfe", "fd", "kd", "precision", "recall", "endpoint", "straightness", "seconds", "n", "seed", "weights", "extractor") if any(k in s for s in scores)]
+    wide += [k for k in ("lower_order_final", "denoise") if any(s.get(k, plot.USUAL[k]) != plot.USUAL[k] for s in scores)]
     rows = sorted(scores, key=lambda s: (str(s.get("solver")), s.get("nfe") or 0))
-    return plot.quality(group), caption, table(rows, wide, f"{len(scores)} scores of {run.name}")
+    mine = table(rows, wide, f"{len(scores)} scores of {run.name}") if scores else f"<p class='caption'>Nothing is measured on {html.escape(run.name)} yet.</p>"
+    return plot.quality(group, height=380 + 16 * max(0, len({plot.line_name(s) for s in group}) - 6)), caption, mine
 
 
 def calls_wanted(text) -> list:
@@ -363,26 +434,26 @@ def calls_wanted(text) -> list:
     return sorted(set(values))[:MOST["scores"]]
 
 
-def measured(name, solver, wanted, n, seed, against=None, progress=gr.Progress()):
+def measured(name, solver, wanted, n, seed, against=None, grid="uniform", progress=gr.Progress()):
     "Measure the points that are missing, one by one: (chart, caption, table)."
     with in_words():
-        ask, run = Ask(run=name, solver=solver, seed=seed, count=1), opened(name)
-        n = Count(n=n).n
+        ask, run = Ask(run=name, solver=solver, seed=seed, count=1, grid=grid), opened(name)
+        n, found = Count(n=n).n, entry(ask.solver, run)
         budgets = calls_wanted(wanted)
         for nfe in budgets:
-            moves(ask.solver, "NFE", nfe)
-        made = 0
+            moves(ask.solver, found, "NFE", nfe)
+        made, fixed = 0, {k: v for k, v in bound(found).items() if k in ("head", "guidance")}
 
         def tell(done, size):
             progress((made * size + done, len(budgets) * size), desc=f"{ask.solver}: point {made + 1} of at most {len(budgets)}", unit="samples")
 
-        for score in missing(run, (ask.solver,), tuple(budgets), progress=tell, n=n, seed=ask.seed):
+        for score in missing(run, (ask.solver,), tuple(budgets), progress=tell, n=n, seed=ask.seed, grid=ask.grid, **fixed):
             run.add_score(score)
             made += 1
-            yield drawn(run, against, solver)
+            yield drawn(run, against, ask.solver, ask.grid)
         if not made:
             gr.Info("All of these points are measured already.", duration=4)
-        yield drawn(run, against, solver)
+        yield drawn(run, against, ask.solver, ask.grid)
 
 
 @dataclass
@@ -405,19 +476,41 @@ def command(config) -> str:
     return shlex.join(parts)
 
 
+def numbers_of(run: Run) -> str:
+    "What a run that holds a solver has learned, in a line each: for which network, and the numbers with their spread."
+    if run.method.product != "solver":
+        return ""
+    teacher, held = run.info["teacher"], run.tensors("ema.safetensors")
+    batches = held["solver.by_batch"][: held["solver.done"]]
+    spread = batches.std(0) if len(batches) > 1 else None
+    shown = [" / ".join(f"{v:.3f}" if spread is None or not spread[i, k] else f"{v:.3f}\u00a0±\u00a0{spread[i, k]:.3f}" for k, v in enumerate(row)) for i, row in enumerate(held["solver.lam"].tolist())]
+    told = f"Learned numbers, one a call, mean ± standard deviation over {len(batches)} batches: <code>{', '.join(shown)}</code>." if len(batches) else "Nothing is learned yet."
+    return (f"<p class='caption'>{told}</p><p class='caption'>A solver for the network of <b>{html.escape(teacher['name'])}</b>, step {teacher['step']:,}, "
+            f"SHA-256 <code>{html.escape(teacher['network'][:12])}</code>.</p>")
+
+
+def training(run: Run):
+    "The training curve; where a solver was fitted, its error on held-out noise after each batch."
+    chart = plot.training(run.metrics)
+    if run.method.product == "solver":
+        chart.update_xaxes(title_text="calibration batch", tickformat="d", dtick=max(1, run.length // 10)).update_yaxes(title_text="held-out error")
+    return chart
+
+
 def about(name) -> tuple:
     "Everything known of a run: summary, training curve, command, configuration."
     with in_words():
         run = opened(name)
         try:
-            state = f"all {run.verify()} files match their SHA-256"
+            state, held = f"all {run.verify()} files match their SHA-256", numbers_of(run)
         except ValueError as e:
-            state = str(e)
-        facts = numbers([("method", run.config.method), ("data", run.config.data), ("trained steps", f"{run.step:,} of {run.config.steps:,}"),
-                         ("parameters", f"{run.info['parameters'] / 1e6:.2f} M"), ("heads", run.heads), ("classes", len(labels(run)) or "none")])
+            state, held = str(e), ""
+        unit = "fitted batches" if run.method.product == "solver" else "trained steps"
+        facts = numbers([("method", run.config.method), ("data", run.config.data), (unit, f"{run.step:,} of {run.length:,}"),
+                         ("parameters", count_of(run.info["parameters"]).removesuffix(" parameters")), ("heads", run.heads), ("classes", len(labels(run)) or "none")])
         rows = [dict(key=f.name, value=str(getattr(run.config, f.name)), meaning=f.metadata.get("help", "")) for f in fields(run.config)]
-        return (facts + f"<p class='caption'>Manifest: {html.escape(state)}. Created {html.escape(run.info['created'])}. Folder <code>{html.escape(str(run.path))}</code></p>",
-                plot.training(run.metrics), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
+        return (facts + held + f"<p class='caption'>Manifest: {html.escape(state)}. Created {html.escape(run.info['created'])}. Folder <code>{html.escape(str(run.path))}</code></p>",
+                training(run), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
 
 
 def shelf() -> str:
@@ -437,15 +530,34 @@ def greeted(*form):
         yield tuple(gr.skip() for _ in range(6))
 
 
-def fitted(name) -> tuple:
-    "The controls that depend on the run: head, class, guidance, and a line about it."
+def kept(run: Run, names: list, solver) -> str:
+    "The solver to go on with on a run: the one it holds, else the one there was if it is offered, else the run's usual one."
+    own = run.own["solver"]
+    return next((s for s in ([] if own in SOLVERS else [own]) + [solver, own] if s in names), "euler")
+
+
+def offered(names: list) -> list:
+    "Choices of a solver menu: (what a person reads, name)."
+    return [(n if n in SOLVERS else f"{n}  ·  learned", n) for n in names]
+
+
+def fitted(name, solver="", q_solver="") -> tuple:
+    "The controls that depend on the run: classes, heads, solvers and what they decide, and a line about it."
     with in_words():
         run = opened(name)
-        line = (f"<p class='about'><b>{html.escape(run.config.method)}</b> on <b>{html.escape(run.config.data)}</b>, {run.step:,} training steps, "
+        done = f"{run.step:,} training steps" if run.method.product == "net" else f"a solver for the network of <b>{html.escape(run.info['teacher']['name'])}</b>"
+        line = (f"<p class='about'><b>{html.escape(run.config.method)}</b> on <b>{html.escape(run.config.data)}</b>, {done}, "
                 f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}</p>")
         others, ours = peers(run)
-        return (line, gr.update(choices=others, value=ours), gr.update(maximum=max(run.heads, 2), value=1, interactive=run.heads > 1), gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))),
-                gr.update(value=1.0, visible=bool(labels(run))), gr.update(value=64 if flat(run) else 8), gr.update(visible=flat(run)), gr.update(visible=not flat(run)))
+        names = [*SOLVERS, *learned(run)]
+        counted = [n for n in names if n not in SOLVERS or SOLVERS[n].calls]
+        solver, q_solver = kept(run, names, solver), kept(run, counted, q_solver)
+        values = bound(entry(solver, run))
+        return (line, gr.update(choices=others, value=ours), gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))),
+                gr.update(value=64 if flat(run) else 8), gr.update(visible=flat(run)), gr.update(visible=not flat(run)),
+                gr.update(choices=offered(names), value=solver), gr.update(choices=offered(counted), value=q_solver), *budgeted(name, q_solver),
+                *(values.get(key, gr.skip()) for key in BOUND[:-2]), gr.update(maximum=max(run.heads, 2), value=values.get("head", 1), interactive=run.heads > 1),
+                gr.update(value=values.get("guidance", 1.0), visible=bool(labels(run))))
 
 
 def preferred(wanted: str = "") -> str:
@@ -463,7 +575,7 @@ def arrived(request: gr.Request = None) -> tuple:
         if wanted and chosen != wanted:
             gr.Warning(f"Run {html.escape(wanted[:60])!r} is not here or damaged; this is {chosen!r}.", duration=8)
         if chosen is None:
-            return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 7
+            return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 17
         return gr.update(choices=found, value=chosen), shelf(), *fitted(chosen)
 
 
@@ -509,7 +621,7 @@ span[data-testid="block-info"], .group-name, .numbers dt, .film .name, table.pla
 .about b, .caption b {color: var(--body-text-color); font-weight: 400}
 .about code, .caption code {background: transparent; border: 0; padding: 0; font-size: 13px; overflow-wrap: anywhere}
 .cost {margin: -10px 0 0; font-family: var(--font-mono) !important; font-size: 13px; color: var(--body-text-color-subdued); line-height: 1.5}
-.cost b {color: var(--body-text-color); font-weight: 400} .cost i {font-style: normal; opacity: .6} .cost span {display: block; font-family: var(--font)}
+.cost b {color: var(--body-text-color); font-weight: 400} .cost i {font-style: normal; opacity: .6} .cost span {display: block; font-family: var(--font); color: inherit}
 .cost.bad {color: #b3421f; font-family: var(--font) !important} .dark .cost.bad {color: #f0906f}
 .numbers {display: flex; flex-wrap: wrap; gap: 10px 36px; margin: 0 0 4px} .numbers dd {margin: 0; font-family: var(--font-mono); font-size: 17px; color: var(--body-text-color)}
 .film {display: grid; grid-template-columns: clamp(58px, 6vw, 70px) repeat(var(--n), var(--w)); grid-template-rows: auto var(--h) 20px var(--h) auto; gap: 0 6px; overflow-x: auto; padding: 0 0 12px; width: 100%; max-width: 100%}
@@ -547,6 +659,7 @@ KEYS = """
     '<form method="dialog"><button>Close</button></form>';
   document.body.appendChild(sheet);
   document.addEventListener('click', (e) => {
+    if (e.target.matches('input[role=combobox]:not([readonly])')) e.target.select();
     if (window.innerWidth <= 900 && e.target.closest('#sample, #reseed')) document.querySelector('#numbers').scrollIntoView({behavior: 'smooth', block: 'start'});
   });
   document.addEventListener('keydown', (e) => {
@@ -580,19 +693,21 @@ def build() -> gr.Blocks:
             with gr.Tab("Sample", id="sample"):
                 with gr.Row(equal_height=False, elem_classes="split"):
                     with gr.Column(scale=1, min_width=288, elem_id="side", elem_classes="aside"):
-                        solver = gr.Dropdown(list(SOLVERS), value="euler", label="Solver", filterable=False)
+                        solver = gr.Dropdown(offered(SOLVERS), value="euler", label="Solver", elem_id="solver")
                         with gr.Group():
                             by = gr.Radio(["steps", "NFE"], value="steps", label="Count in", info="steps are moves; NFE are network calls per sample")
                             amount = gr.Slider(1, 64, value=8, step=1, label="How many")
                         price = gr.HTML(cost("euler", "steps", 8))
-                        grid = gr.Dropdown(list(GRIDS), value="uniform", label="Grid", filterable=False)
+                        grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", filterable=False, elem_id="grid")
                         seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
                         count = gr.Slider(1, MOST["count"], value=8, step=1, label="Samples")
                         label = gr.Dropdown([ANY], value=ANY, label="Class", visible=False)
                         guidance = gr.Slider(0, 8, value=1.0, step=0.1, label="Guidance", info="1 is none", visible=False)
-                        with gr.Accordion("Network", open=False):
+                        with gr.Accordion("Network and last moves", open=False):
                             weights = gr.Radio([("average (EMA)", "ema"), ("raw", "raw")], value="ema", label="Weights")
                             head = gr.Slider(1, 2, value=1, step=1, label="Head")
+                            lower = gr.Radio(list(LOWER), value="auto", label="Lower order in the last moves", info="auto is as the solver's authors do")
+                            denoise = gr.Checkbox(True, label="Last move to t = 0", info="off ends at the smallest noise level; NFE may change")
                         with gr.Row(elem_classes="buttons"):
                             go = gr.Button("Sample", variant="primary", elem_id="sample", scale=2, min_width=90, size="md")
                             reseed = gr.Button("New seed", elem_id="reseed", min_width=90, size="md")
@@ -613,9 +728,10 @@ def build() -> gr.Blocks:
             with gr.Tab("Quality", id="quality") as quality_tab:
                 with gr.Row(equal_height=False, elem_classes="split"):
                     with gr.Column(scale=1, min_width=288, elem_classes="aside"):
-                        q_solver = gr.Dropdown([s for s in SOLVERS if SOLVERS[s].calls], value="euler", label="Solver", filterable=False)
+                        q_solver = gr.Dropdown(offered(s for s in SOLVERS if SOLVERS[s].calls), value="euler", label="Solver", elem_id="q-solver")
+                        q_grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", info="native is the one of the solver's authors", filterable=False, elem_id="q-grid")
                         q_nfe = gr.Textbox("1, 2, 4, 8, 16", label="NFE", info="network calls per sample, with commas", max_length=200)
-                        against = gr.Dropdown([], value=[], multiselect=True, label="Compare with", info="other runs on the same data, with this solver", elem_id="against")
+                        against = gr.Dropdown([], value=[], multiselect=True, label="Compare with", info="other runs on the same data, with this solver and grid", elem_id="against")
                         q_n = gr.Slider(100, 5000, value=2000, step=100, label="Samples per score")
                         q_seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
                         with gr.Row():
@@ -635,23 +751,27 @@ def build() -> gr.Blocks:
                     config = gr.HTML()
                 everything = gr.HTML(shelf(), elem_id="shelf")
 
-        form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance]
+        form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance, lower, denoise]
         shown = [film, paths, velocity, schedule, done, code]
-        fits = [line, against, head, label, guidance, count, paths, film]
+        decides = [by, amount, grid, weights, lower, denoise, head, guidance]
+        fits = [line, against, label, count, paths, film, solver, q_solver, q_grid, q_nfe, *decides]
         sampling = dict(fn=sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
         first = page.load(arrived, None, [run, everything, *fits], api_name="runs", **quick).success(**sampling | dict(fn=greeted), api_visibility="private")
         pressed = go.click(**sampling, api_name="sample")
         fresh = reseed.click(lambda: int.from_bytes(os.urandom(4), "big") % 1_000_000, None, seed, api_name="seed", **quick).success(**sampling, api_visibility="private")
-        changed = run.input(fitted, [run], fits, api_name="fit", preprocess=False, **quick).success(**sampling, api_visibility="private")
+        refit = run.input(fitted, [run, solver, q_solver], fits, api_name="fit", preprocess=False, **quick)
+        changed = refit.success(**sampling, api_visibility="private")
+        solver.input(decided, [run, solver], decides, api_name="decide", preprocess=False, **quick)
         stop.click(None, None, None, cancels=[pressed, fresh, changed, first], api_name=False)
-        gr.on([solver.change, by.change, amount.change], cost, [solver, by, amount], price, preprocess=False, api_name="cost", **quick)
+        gr.on([c.change for c in (solver, by, amount, denoise)], cost, [solver, by, amount, denoise, run], price, preprocess=False, api_name="cost", **quick)
         curves = [chart, caption, scores]
-        measuring = fill.click(measured, [run, q_solver, q_nfe, q_n, q_seed, against], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
+        measuring = fill.click(measured, [run, q_solver, q_nfe, q_n, q_seed, against, q_grid], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
         halt.click(None, None, None, cancels=[measuring], api_name=False)
-        drawing = dict(fn=curve, inputs=[run, against, q_solver], outputs=curves, preprocess=False, **quick)
-        gr.on([quality_tab.select, against.change, q_solver.input], **drawing, api_name="scores")
+        drawing = dict(fn=curve, inputs=[run, against, q_solver, q_grid], outputs=curves, preprocess=False, **quick)
+        q_solver.input(budgeted, [run, q_solver], [q_grid, q_nfe], api_name="budget", preprocess=False, **quick)
+        gr.on([quality_tab.select, against.change, q_solver.input, q_grid.change], **drawing, api_name="scores")
         about_tab.select(about, [run], [facts, loss, made, config], preprocess=False, api_name="about", **quick)
-        run.input(**drawing, api_visibility="private")
+        refit.success(**drawing, api_visibility="private")
         run.input(about, [run], [facts, loss, made, config], preprocess=False, api_visibility="private", **quick)
     return page.queue(max_size=32)
 
@@ -672,7 +792,7 @@ def free_port(host: str, port: int) -> int:
 def warm() -> None:
     "Open the default run and take two steps, so that the first visitor does not pay for the first call."
     try:
-        for _ in opened(preferred()).walk(index=8, steps=2):
+        for _ in zip(range(3), opened(preferred()).walk(index=8)):
             pass
     except Exception as e:
         LOG.warning("the default run could not be warmed up: %s", sentence(e))

@@ -237,6 +237,8 @@ class DODE(Objective):
     product = "solver"
 
     def check(self, config: Config) -> None:
+        if not self.teacher:
+            raise ValueError("teacher = '' names no run; a learned solver is fitted to the network of a finished run, for example teacher=digits-rf")
         if self.faithful and (self.fit_by, self.target) != ("greedy", "same"):
             raise ValueError(f"faithful = True goes with fit_by = 'greedy' and target = 'same', not with {self.fit_by!r} and {self.target!r}")
 

@@ -183,14 +183,14 @@ def plane(
     return fig.update_yaxes(range=[-reach, reach], scaleanchor="x", constrain="domain")
 
 # %% ../nbs/23_plot.ipynb #db44dfd6
-USUAL = dict(grid="uniform", head=1)
+USUAL = dict(grid="uniform", head=1, lower_order_final="auto", denoise=True)
 
 
 def line_name(
     score: dict, # one score with its protocol
 ) -> str:
     "The line a score belongs to: its run, its sampler and what is unusual about it."
-    parts = [str(score[k]) for k in ("run", "solver") if score.get(k)]
+    parts = list(dict.fromkeys(str(score[k]) for k in ("run", "solver") if score.get(k))) # a run that holds a solver is both
     return " · ".join(parts + [f"{k} {score[k]}" for k, usual in USUAL.items() if score.get(k, usual) != usual])
 
 # %% ../nbs/23_plot.ipynb #523645ed

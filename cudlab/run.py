@@ -397,7 +397,7 @@ class Run:
             raise ValueError(f"run {self.name!r} is a solver that is not fitted yet: batch {self.step} of {self.length}")
         numbers = self.method.numbers(self.noise_path, self.shape)
         fill({"solver": numbers}, self.tensors("ema.safetensors"), f"run {self.name!r}: ema.safetensors")
-        return self.method.product_of(numbers, self.noise_path, made_for=self.info["teacher"] | {"head": self.method.head, "guidance": self.method.guidance})
+        return self.method.product_of(numbers, self.noise_path, made_for=self.info["teacher"] | {"head": self.method.head, "guidance": self.method.guidance, "denoise": True, "lower_order_final": None})
 
     def net(self, weights: str = "ema", device: str = "") -> nn.Module:
         "The trained network in eval mode, read once."
@@ -432,6 +432,7 @@ class Run:
         lower_order_final: bool = None, # lower orders in the last moves; None = as the solver's authors do
         denoise: bool = True, # whether the last move goes to t = 0
         device: str = "",
+        flow: Callable = None, # what to walk along instead of the run's own velocity
     ) -> Iterator[State]:
         "Walk from noise to samples, yielding every state; wrong choices raise before the first one."
         solver, grid, steps = (self.own[key] if value is None else value for key, value in (("solver", solver), ("grid", grid), ("steps", steps)))
@@ -441,10 +442,10 @@ class Run:
             index = torch.arange(whole("count", index, 1, 100_000))
         ts = time_grid(entry.grid if grid == NATIVE else grid, whole("steps", steps, 1, 1000), self.noise_path, entry.finite, denoise)
         if entry.made_for:
-            now = {"network": self.source.network_hash(weights), "head": head, "guidance": guidance}
+            now = {"network": self.source.network_hash(weights), "head": head, "guidance": guidance, "denoise": denoise, "lower_order_final": lower_order_final}
             for key, value in now.items():
                 if entry.made_for[key] != value:
-                    what = f"the network of {entry.made_for['name']!r}, not for this one" if key == "network" else f"{key} = {entry.made_for[key]}, not for {value}"
+                    what = f"the averaged (ema) weights of {entry.made_for['name']!r}, not for these" if key == "network" else f"{key} = {entry.made_for[key]}, not for {value}"
                     raise ValueError(f"solver {solver!r} was fitted for {what}; fit one with method=dode args.teacher={self.source.name}")
             if len(ts) != len(entry.ts) or max(abs(a - b) for a, b in zip(ts.tolist(), entry.ts)) > 1e-5:
                 raise ValueError(f"solver {solver!r} was fitted for steps = {len(entry.ts) - 1} on grid = {entry.grid!r}, not for {steps} on {grid!r}")
@@ -452,7 +453,7 @@ class Run:
             raise ValueError(f"guidance = {str(guidance)[:40]!r} is not a number from 0 to 100")
         if y is not None:
             y = self.labels(y, len(index))
-        f = self.velocity(weights, head, y, guidance, device)
+        f = flow or self.velocity(weights, head, y, guidance, device)
         where = find_device(device)
         x = noise(seed, index, self.shape, where) * self.noise_path.sigma(ts[:1].to(where)).item()
         x = x.contiguous(memory_format=layout(where, self.shape))

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['euler', 'midpoint', 'heun', 'kutta3', 'rk4', 'KINDS', 'CLOCKS', 'TEXTBOOK', 'DORMAND_PRINCE', 'RK2', 'RK3', 'RK4',
            'SOLVERS', 'runge_kutta', 'Counted', 'single_step', 'predicted', 'transfer', 'combined', 'pseudo_stages',
-           'staged', 'multistep', 'adams_weights', 'adams_rule', 'deis_rule', 'textbook_rule', 'momentum_rule',
-           'dpmpp_rule', 'unified', 'unip_rule', 'unic_rule', 'singlestep', 'between', 'dpm2_stages', 'dpm3_stages',
-           'edm_stages', 'rk45', 'Solver', 'each', 'exponential', 'warmed', 'started', 'in_noise', 'solver_of',
-           'steps_for', 'State', 'Trajectory', 'walk', 'solve']
+           'staged', 'multistep', 'adams_weights', 'adams_rule', 'gauss_legendre', 'deis_rule', 'textbook_rule',
+           'momentum_rule', 'dpmpp_rule', 'unified', 'unip_rule', 'unic_rule', 'singlestep', 'between', 'dpm2_stages',
+           'dpm3_stages', 'edm_stages', 'rk45', 'Solver', 'each', 'exponential', 'warmed', 'started', 'in_noise',
+           'solver_of', 'steps_for', 'State', 'Trajectory', 'walk', 'solve']
 
-# %% ../nbs/04_solver.ipynb #428d625c
+# %% ../nbs/04_solver.ipynb #2cc37dd2
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from functools import partial
 
 import numpy
@@ -231,13 +232,19 @@ def adams_rule(nodes: list, s: Level, path: Path) -> list:
     "Adams-Bashforth on any grid: a polynomial in t, integrated over t."
     return adams_weights([t.t for t, _ in nodes], nodes[0][0].t, s.t)
 
-# %% ../nbs/04_solver.ipynb #b6805a84
+# %% ../nbs/04_solver.ipynb #75a4af86
+@cache
+def gauss_legendre(count: int) -> tuple:
+    "Points and weights of Gauss-Legendre quadrature on [-1, 1], float64."
+    return tuple(torch.from_numpy(a) for a in numpy.polynomial.legendre.leggauss(count))
+
+
 CLOCKS = {"t": lambda lam, path: path.time(lam), "rho": lambda lam, path: torch.exp(-lam), "log": lambda lam, path: -lam}
 
 
 def deis_rule(nodes: list, s: Level, path: Path, clock: str = "t") -> list:
     "DEIS: a polynomial of eps in a clock, integrated over rho (2204.13902); 64 Gauss-Legendre points."
-    points, shares = (torch.from_numpy(a) for a in numpy.polynomial.legendre.leggauss(64))
+    points, shares = gauss_legendre(64)
     half = (s.lam - nodes[0][0].lam) / 2
     lam = nodes[0][0].lam + half * (1 + points)
     here = CLOCKS[clock](lam, path)

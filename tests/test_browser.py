@@ -182,3 +182,30 @@ def test_missing_points_are_drawn_as_they_come(visit):
     page.wait_for_function("document.querySelectorAll('#chart .scatterlayer .point').length === 2")
     page.wait_for_timeout(400)
     page.screenshot(path=SHOTS / "measured-1280-light.png", full_page=True)
+
+
+def test_a_learned_solver_is_found_by_typing_and_sets_the_controls(visit):
+    page = visit(run="moons-run")
+    page.locator("#paths .main-svg").first.wait_for()
+    menu, amount = page.locator("#solver input"), page.get_by_label("number input for How many")
+    menu.click()
+    page.keyboard.type("learned")
+    page.keyboard.press("Enter")
+    page.locator(".cost", has_text="fitted for 3 steps on the uniform grid").wait_for()
+    assert "moons-solver" in menu.input_value() and amount.input_value() == "3"
+    amount.fill("5")
+    page.keyboard.press("Tab")
+    page.locator(".cost.bad", has_text="fitted for 3 steps, not for 5").wait_for()
+    menu.click()
+    page.keyboard.type("dpmpp-2s")
+    page.keyboard.press("Enter")
+    page.locator(".cost", has_text="9 NFE").wait_for()
+    page.get_by_role("button", name="Network and last moves").click()
+    page.get_by_label("Last move to t = 0").uncheck()
+    page.locator(".cost", has_text="10 NFE").wait_for()
+    page.get_by_label("Run", exact=True).first.click()
+    page.get_by_role("option", name=re.compile("moons-solver")).click()
+    page.locator(".cost", has_text="3 steps = 3 NFE").wait_for()
+    assert page.get_by_label("Last move to t = 0").is_checked()
+    page.get_by_role("tab", name="Quality", exact=True).click()
+    assert "moons-solver" in page.locator("#q-solver input").input_value() and page.get_by_label("NFE").last.input_value() == "3"

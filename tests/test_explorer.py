@@ -34,12 +34,13 @@ def tiny(name, **config):
 
 
 def make_lab(folder):
-    "A lab with a conditional digits run, a 2-D run and a damaged one; its environment."
+    "A lab with a 2-D run, a solver learned for it, a conditional digits run and a damaged one; its environment."
     env = {"CUDLAB_RUNS_PATH": str(folder / "runs"), "CUDLAB_CHECKPOINTS_PATH": str(folder / "shipped"), "CUDLAB_DEVICE": "cpu"}
     with pytest.MonkeyPatch.context() as patch:
         for key, value in env.items():
             patch.setenv(key, value)
         tiny("moons-run", method="rf", data="moons", steps=20)
+        tiny("moons-solver", method="dode", data="moons", args=dict(teacher="moons-run", samples=16, batches=2, moves=3))
         digits = tiny("digits-run", method="rf", data="digits", classes=True, steps=4)
         shutil.copytree(digits.path, folder / "runs" / "damaged-run")
         weights = folder / "runs" / "damaged-run" / "ema.safetensors"
@@ -66,7 +67,9 @@ def app(lab):
     del sys.modules["explorer"]
 
 
-GOOD = dict(run="digits-run", weights="ema", head=1, solver="euler", by="steps", amount=4, grid="uniform", seed=0, count=3, label="any", guidance=1.0)
+GOOD = dict(run="digits-run", weights="ema", head=1, solver="euler", by="steps", amount=4, grid="uniform", seed=0, count=3, label="any", guidance=1.0,
+            lower_order_final="auto", denoise=True)
+LEARNED = GOOD | dict(run="moons-run", solver="moons-solver", amount=3)
 
 
 def sample(app, **change):
@@ -138,7 +141,11 @@ def test_classes_and_guidance_change_the_picture(app):
 @pytest.mark.parametrize("asked, said", [
     (("euler", "steps", 8), "8 NFE"), (("heun", "steps", 8), "16 NFE"), (("heun", "NFE", 8), "<b>4</b> steps"), (("rk45", "steps", 1), "as needed"),
     (("heun", "NFE", 7), "6 or 8"), (("rk4", "NFE", 3), "; 4 is"), (("rk45", "NFE", 8), "itself"), (("eulr", "steps", 8), "did you mean"),
-    (("euler", "steps", None), "whole number"), (("euler", "steps", 10**9), "out of range"), (("euler", "steps", float("nan")), "whole number"),
+    (("euler", "steps", None), "whole number"), (("dpmpp-2s", "steps", 4), "7 NFE"), (("dpmpp-2s", "steps", 4, False), "8 NFE"), (("dpmpp-2s", "NFE", 8), "7 or 9"),
+    (("dpmpp-2m", "steps", 8), "order 2, native grid logsnr"), (("pndm", "NFE", 10), "9 or 13"), (("euler", "steps", 8, "no"), "True or False"),
+    (("moons-solver", "steps", 3), "order 1, fitted for 3 steps on the uniform grid"), (("moons-solver", "NFE", 3), "<b>3</b> steps"), (("moons-solver", "NFE", 4), "; 3 is"),
+    (("moons-solver", "steps", 4), "fitted for 3 steps, not for 4"), (("moons-solver", "steps", 3, False), "switch that on"),
+    (("moons-solver", "steps", 3, True, "digits-run"), "for the network of moons-run"), (("moons-solvr", "steps", 3), "did you mean 'moons-solver'"), (("euler", "steps", 10**9), "out of range"), (("euler", "steps", float("nan")), "whole number"),
 ])
 def test_both_counts_are_shown(app, asked, said):
     assert said in html.unescape(app.cost(*asked))
@@ -152,6 +159,11 @@ BAD = [
     dict(grid="cosine"), dict(grid=None), dict(seed=-1), dict(seed=2**70), dict(seed="abc"), dict(seed=None), dict(seed=float("nan")), dict(seed=0.5),
     dict(count=0), dict(count=65), dict(count=True), dict(count=None), dict(label="eleven"), dict(label=None), dict(label="<script>alert(1)</script>"),
     dict(run="moons-run", label="0"), dict(guidance=float("nan")), dict(guidance=1e9), dict(guidance="much"), dict(guidance=None),
+    dict(lower_order_final="maybe"), dict(lower_order_final=None), dict(lower_order_final=True), dict(denoise="yes"), dict(denoise=None), dict(denoise=1),
+    dict(solver="moons-run"), dict(solver="moons-solver", amount=3), dict(solver="../runs/moons-solver"), dict(solver="x" * 5000), dict(solver=""),
+    dict(run="moons-solver", solver="moons-solver", amount=4), dict(run="moons-run", solver="moons-solver", amount=3, grid="logsnr"),
+    dict(run="moons-run", solver="moons-solver", amount=3, denoise=False), dict(run="moons-run", solver="moons-solver", amount=3, weights="raw"),
+    dict(run="moons-run", solver="moons-solver", amount=3, guidance=2.0),
 ]
 
 
@@ -174,6 +186,90 @@ def test_bad_measurements_are_answered_in_one_sentence(app, nfe, n, seed):
     complains(lambda: list(app.measured("digits-run", "euler", nfe, n, seed, progress=lambda *a, **k: None)))
 
 
+# Solvers
+
+def test_every_solver_offered_samples(app):
+    names = dict.fromkeys(app.SOLVERS) | dict.fromkeys(app.learned(app.opened("moons-run")))
+    assert len(names) == len(app.SOLVERS) + 1
+    for name in names:
+        numbers = sample(app, run="moons-run", solver=name, amount=3, grid="native", count=2)[-1][4]
+        calls = app.entry(name).calls
+        assert "not finite" not in numbers and (not calls or figure(numbers, "NFE counted") == str(calls(3))), name
+
+
+def test_the_last_moves_are_as_asked(app):
+    ask = dict(solver="dpmpp-2s", amount=4, grid="native")
+    usual, short = (sample(app, **ask, denoise=d)[-1] for d in (True, False))
+    assert figure(usual[4], "NFE counted") == "7" and figure(short[4], "NFE counted") == "8" and "denoise=False" in short[5]
+    assert (usual[0].count("<img"), short[0].count("<img")) == (10, 9)
+    films = {lower: sample(app, solver="ab3", lower_order_final=lower)[-1] for lower in ("auto", "yes", "no")}
+    assert films["auto"][0] == films["no"][0] != films["yes"][0] and "lower_order_final=True" in films["yes"][5] and "lower_order" not in films["auto"][5]
+
+
+def test_a_learned_solver_is_offered_for_its_network_only(app, lab):
+    assert app.learned() == ["moons-solver"]
+    offers = {run: [name for _, name in app.fitted(run)[6]["choices"]] for run in ("moons-run", "moons-solver", "digits-run")}
+    assert {run: "moons-solver" in names for run, names in offers.items()} == {"moons-run": True, "moons-solver": True, "digits-run": False}
+    said = complains(lambda: sample(app, solver="moons-solver", amount=3))
+    assert said == "moons-solver was fitted for the network of moons-run, not for the one of digits-run"
+    unfitted = Path(lab["CUDLAB_RUNS_PATH"]) / "unfitted"
+    run_module.create(Config(method="dode", data="moons", args=dict(teacher="moons-run")), "unfitted")
+    assert "unfitted" not in app.learned() and "Nothing is learned yet" in app.about("unfitted")[0]
+    assert "not offered" in complains(lambda: sample(app, run="moons-run", solver="unfitted"))
+    shutil.rmtree(unfitted)
+
+
+def test_a_learned_solver_sets_the_controls(app):
+    want = dict(by="steps", amount=3, grid="uniform", weights="ema", lower_order_final="auto", denoise=True, head=1, guidance=1.0)
+    assert dict(zip(app.BOUND, app.decided("moons-run", "moons-solver"))) == want
+    assert all(update == gr.skip() for update in app.decided("moons-run", "heun"))
+    own = app.fitted("moons-solver", "heun", "heun")
+    assert (own[6]["value"], own[7]["value"], own[8], own[9]) == ("moons-solver", "moons-solver", "uniform", "3")
+    assert own[10:16] == tuple(want[k] for k in app.BOUND[:6]) and (own[16]["value"], own[17]["value"]) == (1, 1.0) and "network of <b>moons-run" in own[0]
+    kept, gone = app.fitted("moons-run", "moons-solver", "heun"), app.fitted("digits-run", "moons-solver", "rk45")
+    assert (kept[6]["value"], kept[7]["value"], gone[6]["value"], gone[7]["value"]) == ("moons-solver", "heun", "euler", "euler")
+    assert app.budgeted("moons-run", "moons-solver") == ("uniform", "3")
+    assert sample(app, **LEARNED)[-1][4] and "solver='moons-solver'" in sample(app, **LEARNED | dict(run="moons-solver"))[-1][5]
+
+
+def test_a_solver_without_its_teacher_is_a_sentence(app, lab):
+    runs = Path(lab["CUDLAB_RUNS_PATH"])
+    (runs / "moons-run").rename(runs / "hidden")
+    try:
+        assert app.fitted("moons-solver")[6]["value"] == "euler" and "Learned numbers" in app.about("moons-solver")[0]
+        assert "cannot be used" in complains(lambda: sample(app, **LEARNED | dict(run="moons-solver", solver="euler")))
+    finally:
+        (runs / "hidden").rename(runs / "moons-run")
+
+
+def test_a_learned_solver_is_measured_on_its_run(app):
+    still = lambda *a, **k: None
+    own = [name for _, name in app.fitted("moons-solver")[7]["choices"]]
+    assert own == [n for n in app.SOLVERS if app.SOLVERS[n].calls] + ["moons-solver"]
+    *_, (chart, caption, table) = app.measured("moons-solver", "moons-solver", "3", 80, 0, progress=still)
+    assert [t.name for t in chart.data] == ["moons-solver"] and list(chart.data[0].x) == [3] and "80" in caption and table.count("<tr>") == 2
+    *_, (chart, _, _) = app.measured("moons-solver", "dpmpp-2m", "2", 80, 0, None, "native", progress=still)
+    assert [t.name for t in chart.data] == ["moons-solver", "moons-solver · dpmpp-2m · grid logsnr"]
+    list(app.measured("moons-run", "euler", "3", 80, 0, None, "uniform", progress=still))
+    drawn = lambda *ask: [t.name for t in app.curve("moons-solver", ["moons-run"], *ask)[0].data]
+    assert "moons-run · euler" in drawn("moons-solver", "uniform") and "moons-run · euler" not in drawn("euler", "edm")
+    assert "not offered" in complains(lambda: list(app.measured("digits-run", "nope", "3", 80, 0, progress=still)))
+    assert "; 3 is" in complains(lambda: list(app.measured("moons-run", "moons-solver", "4", 80, 0, progress=still)))
+    assert "on grid" in complains(lambda: list(app.measured("moons-run", "moons-solver", "3", 80, 0, None, "edm", progress=still)))
+    assert "grid" in complains(lambda: list(app.measured("moons-run", "euler", "3", 80, 0, None, "cosine", progress=still)))
+
+
+def test_the_run_tab_tells_what_was_learned(app):
+    facts, loss, command, _ = app.about("moons-solver")
+    held = run_module.Run.open("moons-solver").tensors("ema.safetensors")
+    last = f"{held['solver.lam'][-1, 0]:.3f}\u00a0±\u00a0{held['solver.by_batch'].std(0)[-1, 0]:.3f}"
+    assert "<code>0.000, " in facts and last in facts and "over 2 batches" in facts and figure(facts, "fitted batches") == "2 of 2" and figure(facts, "parameters") == "3"
+    assert "network of <b>moons-run</b>, step 20" in facts and run_module.Run.open("moons-run").network_hash()[:12] in facts
+    assert {t.name for t in loss.data if t.name} == {"solver", "euler"} and "args.teacher=moons-run" in command
+    again, _ = run_module.parameters(run_module.from_words(command.split()[4:]))
+    assert replace(again, batch=32, warmup=1, log_every=1, ema=0.5) == app.opened("moons-solver").config
+
+
 @pytest.mark.parametrize("name", ["fitted", "about", "curve"])
 @pytest.mark.parametrize("run", [None, "nope", 3, "damaged-run"])
 def test_every_callback_answers_for_a_bad_run(app, name, run):
@@ -190,7 +286,7 @@ def test_an_unforeseen_failure_is_a_sentence_too(app, monkeypatch, caplog):
 
 
 def test_damaged_runs_are_listed_with_the_reason_but_not_offered(app):
-    assert {i for _, i in app.menu()} == {"digits-run", "moons-run"}
+    assert {i for _, i in app.menu()} == {"digits-run", "moons-run", "moons-solver"}
     assert "damaged-run" in app.shelf() and "ema.safetensors" in app.shelf()
     assert app.preferred() == "digits-run" and app.preferred("moons-run") == "moons-run" and app.preferred("damaged-run") == "digits-run"
 
@@ -252,7 +348,7 @@ def test_the_run_tab_tells_everything(app, lab):
 def test_every_button_has_a_stable_name(app):
     page = app.build()
     names = {d.api_name for d in page.fns.values() if d.api_visibility == "public"}
-    assert {"sample", "seed", "runs", "fit", "cost", "scores", "measure", "about"} <= names
+    assert {"sample", "seed", "runs", "fit", "cost", "scores", "measure", "about", "decide", "budget"} <= names
     solving = [d for d in page.fns.values() if d.concurrency_id == "solve"]
     assert len(solving) == 5 and all(d.concurrency_limit == 1 for d in solving)
     page.close()
@@ -319,7 +415,7 @@ def test_bad_input_through_a_server_leaves_it_alive(connect):
         with pytest.raises(Exception) as caught:
             client.predict(*(GOOD | change).values(), api_name="/sample")
         assert "Traceback" not in str(caught.value) and len(str(caught.value)) <= 260, caught.value
-    assert client.predict("heun", "NFE", 8, api_name="/cost")
+    assert "4</b> steps" in client.predict("heun", "NFE", 8, api_name="/cost")
 
 
 def test_two_clients_do_not_see_each_other(connect, app):

@@ -267,7 +267,7 @@ class Exact:
         means = math.sqrt(2 * (1 - 0.01)) * torch.stack([angles.cos(), angles.sin()], 1)
         self.flow = Mixture(means, torch.full((8,), 0.1))
 
-    def walk(self, seed, index, steps, solver, grid: str, weights, head, y, guidance):
+    def walk(self, seed, index, steps, solver, grid: str, weights, head, y, guidance, lower_order_final=None, denoise=True):
         from cudlab.path import grid as times
 
         self.asked.append((index, y))

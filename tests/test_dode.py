@@ -1,0 +1,154 @@
+"""Learned solvers as runs: made by a job, found by name, bound to their network and grid."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cudlab.core import Config
+from cudlab.core import Rng
+from cudlab.core import complaint
+from cudlab.core import noise
+from cudlab.metrics import endpoint_error
+from cudlab.metrics import evaluate
+from cudlab.metrics import evaluation
+from cudlab.metrics import measure
+from cudlab.metrics import sweep
+from cudlab.run import Run
+from cudlab.run import create
+from cudlab.run import find_solver
+from cudlab.run import main
+from cudlab.run import train
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(samples=24, batches=3, moves=4)
+
+
+@pytest.fixture(autouse=True)
+def own_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
+
+
+def fitted(name="learned", **args) -> Run:
+    run = create(Config(method="dode", args=SMALL | args), name)
+    lines = list(train(run))
+    assert lines[-1].startswith(f"run {name}: done")
+    return run
+
+
+def test_a_learned_solver_is_nearer_to_the_flow_than_its_base():
+    run, teacher = fitted(samples=64), Run.open("digits-rf")
+    truth = teacher.solve(index=200, seed=5, steps=64, solver="heun").x
+    ends = {name: endpoint_error(teacher.solve(index=200, seed=5, steps=4, solver=name).x, truth) for name in ("euler", run.name)}
+    assert ends[run.name] < 0.7 * ends["euler"]
+
+
+def test_the_run_samples_like_its_teacher_with_it():
+    run = fitted()
+    assert run.own == {"solver": "learned", "steps": 4, "grid": "uniform"}
+    mine, theirs = run.solve(index=4, seed=1), Run.open("digits-rf").solve(index=4, seed=1, solver="learned", steps=4, grid="native")
+    assert torch.equal(mine.x, theirs.x) and mine.nfe == 4
+    assert run.verify() == 5 and find_solver("learned").ts[0] == 1.0
+
+
+@pytest.mark.parametrize("base, calls", [("ddim", 4), ("ipndm", 4), ("deis-tab3", 4), ("dpm-2s", 7), ("dpm-3s", 10), ("edm-heun", 7), ("dpmpp-2m", 4)])
+def test_every_base_of_the_paper_is_made_by_a_run(base, calls):
+    run = fitted(base=base)
+    assert run.tensors("ema.safetensors")["solver.lam"].shape == (calls, 1) and run.solve(index=3).nfe == calls
+
+
+def test_it_is_refused_where_it_was_not_fitted_for():
+    fitted()
+    teacher, other = Run.open("digits-rf"), Run.open("digits-cud")
+    for run, choice, said in ((other, {}, "the averaged (ema) weights of .digits-rf., not for these"), (teacher, dict(steps=5), "steps = 4"), (teacher, dict(grid="shifted"), "grid = 'uniform'"),
+                              (teacher, dict(weights="raw"), "averaged"), (teacher, dict(guidance=2.0), "guidance = 1.0"), (teacher, dict(denoise=False), "denoise = True")):
+        with pytest.raises(ValueError, match=said):
+            run.solve(**dict(index=2, steps=4, solver="learned", grid="uniform") | choice)
+    assert "learned" in complaint(find_solver, "digits-rf-learned") or "unknown solver" in complaint(find_solver, "digits-rf-learned")
+    assert "holds a network" in complaint(find_solver, "digits-rf")
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(data="moons"), "use data=digits"), (dict(classes=True), "use classes=False"), (dict(path="vp"), "use path=linear"), (dict(args={"teacher": "nobody"}), "unknown run 'nobody'"),
+    (dict(args={"head": 2}), "head = 2"), (dict(args={"base": "heun"}), "base = 'heun'"), (dict(args={"teacher": ""}), "teacher"), (dict(args={"faithful": True, "fit_by": "joint"}), "faithful"),
+])
+def test_a_teacher_that_does_not_fit_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        create(Config(method="dode", **change))
+
+
+def test_a_solver_is_no_teacher():
+    fitted()
+    with pytest.raises(ValueError, match="holds a solver"):
+        create(Config(method="dode", args={"teacher": "learned"}))
+
+
+def test_a_teacher_that_changed_is_noticed(tmp_path):
+    import shutil
+    folder = tmp_path / "runs" / "mine"
+    shutil.copytree(ROOT / "checkpoints/digits-rf", folder)
+    run = fitted(teacher="mine")
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["files"]["ema.safetensors"]["sha256"] = "0" * 64
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert "another network" in complaint(run.solve, index=2)
+    shutil.rmtree(folder)
+    assert "'mine', which cannot be used" in complaint(run.solve, index=2)
+
+
+@pytest.mark.parametrize("args", [{}, dict(base="dpm-2s", fit_by="joint", target="heun", moves=2)])
+def test_it_resumes_bit_for_bit(args):
+    whole, parts = fitted("whole", **args), create(Config(method="dode", args=SMALL | args), "parts")
+    for until in (1, 2, 0):
+        words = [sys.executable, "-m", "cudlab.run", "train", "method=dode", "name=parts", f"until={until}", *(f"args.{k}={v}" for k, v in (SMALL | args).items())]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == (3 if until else 0), done.stderr
+    a, b = whole.tensors("ema.safetensors"), Run(parts.path).tensors("ema.safetensors")
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0 if torch.get_num_threads() == 1 else 1e-3)
+
+
+def test_no_score_draws_the_noise_of_a_calibration():
+    scored = noise(0, 2000, (1, 8, 8)).flatten(1)
+    for step in range(5):
+        for stream in ("calibration", "held-out"):
+            calibrated = Rng(0, step).normal(stream, 100, (1, 8, 8)).flatten(1)
+            assert torch.cdist(calibrated, scored).min() > 1
+
+
+def test_classes_and_guidance_are_fitted_for():
+    run = create(Config(method="dode", classes=True, args=SMALL | dict(teacher="digits-cud-aim8-classes", guidance=2.0)), "guided")
+    list(train(run))
+    teacher = Run.open("digits-cud-aim8-classes")
+    assert teacher.solve(index=4, steps=4, solver="guided", grid="uniform", y=7, guidance=2.0).nfe == 8
+    with pytest.raises(ValueError, match="guidance = 2.0, not for 1.0"):
+        teacher.solve(index=4, steps=4, solver="guided", grid="uniform", y=7)
+
+
+def test_it_is_scored_like_any_solver():
+    run = fitted()
+    lines = list(evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200))))
+    assert len(lines) == 4 and [(s["solver"], s["nfe"]) for s in run.scores] == [("learned", 4), ("euler", 4), ("euler", 5)]
+    assert run.scores[0]["endpoint"] < run.scores[1]["endpoint"] and run.scores[0]["fd_low"] < run.scores[0]["fd"] < run.scores[0]["fd_high"]
+    again = list(evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200))))
+    assert sum("measured before" in line for line in again) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sweep_says_what_single_measurements_say(workers):
+    run = Run.open("digits-rf")
+    points = [dict(solver=s, steps=k, grid=g, n=250) for s, k, g in (("euler", 3, "uniform"), ("ab2", 3, "uniform"), ("dpmpp-2m", 3, "native"), ("edm-heun", 2, "edm"))]
+    goal = run.solve(index=100, steps=64, solver="heun").x
+    for row, point in zip(sweep(run, points, goal=goal, workers=workers), points):
+        score = measure(run, **point)
+        assert abs(row["fd"] - score["fd"]) < 1e-2 * score["fd"] and row["nfe"] == score["nfe"]
+        assert abs(row["endpoint"] - endpoint_error(run.solve(index=100, steps=point["steps"], solver=point["solver"], grid=point["grid"]).x, goal)) < 1e-4
+
+
+def test_the_command_line_lists_it(capsys):
+    fitted()
+    assert main(["list"]) == 0 and "learned" in capsys.readouterr().out and main(["verify", "learned"]) == 0
