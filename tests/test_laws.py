@@ -12,11 +12,19 @@ from cudlab.cud import CUD
 from cudlab.fit import fit
 from cudlab.net import network
 from cudlab.path import GRIDS
+from cudlab.path import PATHS
+from cudlab.path import denoiser
+from cudlab.path import from_denoiser
+from cudlab.path import from_noise_predictor
+from cudlab.path import grid
 from cudlab.path import linear
+from cudlab.path import noise_predictor
+from cudlab.path import on_path
 from cudlab.run import METHODS
 from cudlab.run import Run
 from cudlab.run import build
 from cudlab.solver import SOLVERS
+from cudlab.solver import solve
 
 SHIPPED = sorted(p.parent for p in (Path(__file__).parents[1] / "checkpoints").glob("*/config.json"))
 
@@ -48,10 +56,10 @@ def test_a_sample_does_not_depend_on_its_company(folder, solver):
         assert company.nfe == SOLVERS[solver].calls(steps)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_every_grid_ends_in_pictures(grid):
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_grid_ends_in_pictures(name):
     run = Run(next(p for p in SHIPPED if p.name == "digits-rf"))
-    out = run.solve(index=8, steps=12, solver="heun", grid=grid)
+    out = run.solve(index=8, steps=12, solver="heun", grid=name)
     assert out.x.abs().max() < 2 and out.x.std() > 0.4
 
 
@@ -120,3 +128,29 @@ def test_scores_in_the_readme_come_from_the_study():
     table = (root / "docs/aim.md").read_text().strip()
     assert table in (root / "README.md").read_text()
     assert json.loads((root / "docs/aim.json").read_text())["protocol"].startswith("digits")
+
+
+FREE = [name for name, entry in SOLVERS.items() if entry.finite and not name.startswith(("deis-tab", "pndm"))] # these two have a clock of their own path
+
+
+@pytest.mark.parametrize("solver", FREE)
+def test_a_solver_in_eps_or_x0_makes_the_same_samples_on_every_path(solver):
+    "A trained network as it is, and as a network of the variance-preserving path walked on the mapped grid."
+    f, x1, vp = Run(next(p for p in SHIPPED if p.name == "digits-rf")).velocity(), noise(0, 8, (1, 8, 8)), PATHS["vp"]
+    ts = grid("logsnr", 5, linear).double()
+    ts_vp = grid("logsnr", 5, vp).double()
+    with torch.no_grad():
+        here = solve(f, x1 * ts[0], ts, solver).x
+        there = solve(on_path(f, linear, vp), x1 * vp.sigma(ts_vp[0]), ts_vp, solver, vp).x
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-3 * max(1, here.abs().max().item()))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_runs_on_networks_that_predict_noise_or_data(solver):
+    "The same network as DDPM's eps(x, a, b) and as EDM's D(y; sigma), wrapped back into a velocity."
+    f, x1 = Run(next(p for p in SHIPPED if p.name == "digits-rf")).velocity(), noise(0, 8, (1, 8, 8))
+    ts = grid("edm", 4, finite=True, denoise=False)
+    with torch.no_grad():
+        plain, *wrapped = (solve(g, x1 * ts[0], ts, solver).x for g in (f, from_denoiser(denoiser(f)), from_noise_predictor(noise_predictor(f), t_max=1.0)))
+    for other in wrapped:
+        torch.testing.assert_close(other, plain, rtol=0, atol=2e-2 if solver == "rk45" else 2e-3 * max(1, plain.abs().max().item()))
