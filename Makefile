@@ -30,7 +30,7 @@ setup: .venv/.stamp ## make .venv with everything in it, at the tested versions
 	@pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@touch $@
 
-run: STEPS ?= 2000
+run: STEPS ?= $(if $(filter dode,$(METHOD)),,2000)
 run: train explore ## train (CUD on the digits unless told otherwise), then open the explorer on it
 
 train: setup ## train through papermill nbs/train.ipynb; Ctrl-C stops it, resumable

@@ -392,7 +392,7 @@ def curve(name, against=None, solver="euler", grid="uniform") -> tuple:
     "The quality chart of a run beside others with the same solver and grid, its protocol in words, and the same as a table."
     with in_words():
         ask, run = Ask(solver=solver, grid=grid), opened(name)
-        return drawn(run, against, ask.solver, ask.grid)
+        return drawn(run, against, kept(run, [*SOLVERS, *learned(run)], ask.solver), ask.grid)
 
 
 def drawn(run: Run, against=None, solver="euler", grid="uniform") -> tuple:

@@ -6,12 +6,13 @@
 __all__ = ['NATIVE', 'REFERENCE', 'Adjusted', 'learned', 'places', 'nested', 'targets', 'lagging_targets', 'greedy', 'joint',
            'Numbers', 'DODE']
 
-# %% ../nbs/12_dode.ipynb #f4389f42
+# %% ../nbs/12_dode.ipynb #a740f764
 import math
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -51,14 +52,17 @@ def learned(
     base: Solver, # an adjustable solver
     lam: Tensor, # (K, 1) or (K, C)
     ts: Tensor, # the grid it was fitted on, (N+1,)
+    fitted_on: Path = None, # the path it was fitted on, if only that is allowed
     start: bool = False, # whether the first call leans on the starting noise (faithful)
     **facts, # grid, source, made_for
 ) -> Solver:
     "The base solver with learned numbers, bound to its grid."
     def walk(f: Callable, x: Tensor, ts: Tensor, path: Path, lower_order_final: bool = None, adjust: Callable = None) -> Iterator[tuple]:
+        if lower_order_final is not None or fitted_on and path.name != fitted_on.name:
+            raise ValueError(f"this solver was fitted on the {(fitted_on or path).name} path with lower_order_final = None, not on {path.name} with {lower_order_final}")
         hook, first = Adjusted(lam), x / levels(path, ts[:1])[0].sigma if start else None
         lean = lambda at, state, weight, m, before: hook(at, state, weight, m, first if before is None else before)
-        return base.walk(f, x, ts, path, lower_order_final=lower_order_final, adjust=lean)
+        return base.walk(f, x, ts, path, adjust=lean)
     return Solver(walk, base.order, base.calls, finite=base.finite, ts=tuple(ts.tolist()), **facts)
 
 # %% ../nbs/12_dode.ipynb #ea34e583
@@ -237,6 +241,10 @@ class DODE(Objective):
     product = "solver"
 
     def check(self, config: Config) -> None:
+        unused = ("net", "dropout", "phi0", "steps", "batch", "lr", "warmup", "schedule", "clip", "ema", "label_dropout", "dtype", "compile")
+        for f in fields(Config):
+            if f.name in unused and getattr(config, f.name) != f.default:
+                raise ValueError(f"{f.name} = {getattr(config, f.name)!r} means nothing to method dode, which trains no network; its own arguments are moves, batches, samples and others")
         if not self.teacher:
             raise ValueError("teacher = '' names no run; a learned solver is fitted to the network of a finished run, for example teacher=digits-rf")
         if self.faithful and (self.fit_by, self.target) != ("greedy", "same"):
@@ -246,7 +254,7 @@ class DODE(Objective):
         return self.batches
 
     def sampling(self) -> dict:
-        return {"steps": self.moves, "grid": self.times}
+        return {"steps": self.moves, "grid": self.times, "head": self.head, "guidance": self.guidance}
 
     @property
     def times(self) -> str:
@@ -273,11 +281,11 @@ class DODE(Objective):
 
     def solver(self, lam: Tensor, **facts) -> Solver:
         "The solver with these numbers; facts as in `learned`."
-        return learned(SOLVERS[self.base], lam, self.ts, self.leans, grid=self.times, **facts)
+        return learned(SOLVERS[self.base], lam, self.ts, self.path, self.leans, grid=self.times, **facts)
 
     def product_of(self, numbers: Numbers, path: Path, **facts) -> Solver:
         "The solver that a finished run holds."
-        self.ts = grid(self.times, self.moves, path, SOLVERS[self.base].finite)
+        self.path, self.ts = path, grid(self.times, self.moves, path, SOLVERS[self.base].finite)
         return self.solver(numbers.lam.detach().cpu(), source=f"D-ODE: {self.base} with {len(numbers.lam)} learned numbers (2309.16421)", **facts)
 
     def calibrate(self, x: Tensor, f: Callable) -> Tensor:
@@ -312,4 +320,5 @@ class DODE(Objective):
                 note += f"; spread {' '.join(f'{v:.3f}' for v in numbers.spread.mean(1).tolist())}"
             if not torch.isfinite(error):
                 raise Diverged(f"the numbers of {self.base} with {self.moves} moves are not finite; use more samples (now {size}) or another base")
+            note += f"; no better than {self.base} alone" if error >= without else ""
             yield Tick(k + 1, {"solver": error, self.base: without}, {}, 0.0, 0, time.perf_counter() - began, lambda step=k + 1: {"step": step}, note)

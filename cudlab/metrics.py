@@ -8,7 +8,7 @@ __all__ = ['STUDENT', 'KEPT', 'FLOW', 'PROTOCOL', 'usable', 'gaussian_distance',
            'Sampling', 'keep', 'reference_features', 'flow_of', 'measure', 'comparable', 'plan', 'stored', 'curve',
            'Remembered', 'sweep_part', 'sweep', 'Evaluation', 'evaluation', 'evaluate', 'summary']
 
-# %% ../nbs/22_metrics.ipynb #1e61e6bd
+# %% ../nbs/22_metrics.ipynb #63b6795e
 import concurrent.futures
 import functools
 import hashlib
@@ -39,6 +39,7 @@ from .features import FEATURES
 from .features import Extractor
 from .features import default_features
 from .features import features
+from .path import GRIDS
 from .run import Run
 from .run import find_solver
 from .run import runs
@@ -336,7 +337,7 @@ def measure(
         nfe=round(calls / what.n, 4), seconds=round(spent, 4),
         run=run.name, step=run.step, data=data.name, split=data.split, data_hash=data.hash, note=data.note,
         extractor=extractor.name, extractor_hash=extractor.hash, **{k: v for k, v in asdict(what).items() if k != "batch"},
-        dtype=str(last.x.dtype).removeprefix("torch."), device=last.x.device.type, torch=torch.__version__,
+        **{k: v for k, v in (find_solver(what.solver).made_for or {}).items() if k == "numbers"}, dtype=str(last.x.dtype).removeprefix("torch."), device=last.x.device.type, torch=torch.__version__,
     )
 
 # %% ../nbs/22_metrics.ipynb #6d6d6a56
@@ -378,6 +379,8 @@ def stored(
 ) -> dict:
     "The score the run has under exactly this protocol, or None."
     wanted = {"step": run.step, "data_hash": load(run.config.data).hash, "extractor": extractor.name, "extractor_hash": extractor.hash}
+    if made := find_solver(sampling.solver).made_for:
+        wanted["numbers"] = made["numbers"]
     return next((score for score in run.scores if all(score.get(k) == v for k, v in wanted.items()) and sampling.matches(score)), None)
 
 
@@ -488,7 +491,7 @@ class Evaluation(Args):
     n: int = spec(2000, "samples per score", low=16, high=1_000_000)
     weights: str = spec("ema", "averaged or raw weights", choices=("ema", "raw"))
     head: int = spec(1, "which of the network's velocity heads", low=1)
-    grid: str = spec("uniform", "a name in GRIDS, or native for the one of each solver's authors")
+    grid: str = spec("uniform", "a name in GRIDS, or native for the one of each solver's authors", choices=(*GRIDS, NATIVE))
     lower_order_final: str = spec("auto", "lower orders in the last moves; auto = as the solver's authors do", choices=("auto", "yes", "no"))
     denoise: bool = spec(True, "whether the last move goes to t = 0")
     guidance: float = spec(1.0, "classifier-free guidance; 1 is none", low=0, high=100)

@@ -7,7 +7,8 @@ __all__ = ['linear', 'quarter', 'cosine', 'PATHS', 'T_MIN', 'GRIDS', 'expand', '
            'denoiser', 'from_denoiser', 'noise_predictor', 'from_noise_predictor', 'uniform_grid', 'noise_levels',
            'logsnr_grid', 'edm_grid', 'shifted_grid', 'vp_grid', 'leading_grid', 'grid', 'Level', 'levels']
 
-# %% ../nbs/02_path.ipynb #d3c8ed8c
+# %% ../nbs/02_path.ipynb #9acfcb60
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,9 +231,9 @@ def vp_grid(steps: int, path: Path, denoise: bool = True) -> Tensor:
 
 # %% ../nbs/02_path.ipynb #1181e065
 def leading_grid(steps: int, path: Path, denoise: bool = True) -> Tensor:
-    "DDIM's first grid: indices 0, 1000/N, 2000/N, ... of 1,000, walked down, then one move to 0."
+    "DDIM's first grid: every (1000 // N)-th of 1,000 indices from 0 on, walked down, then one move to 0."
     count = steps + (not denoise)
-    index = torch.arange(count - 1, -1, -1, dtype=torch.float64) * 1000 / count
+    index = torch.arange(count - 1, -1, -1, dtype=torch.float64) * (1000 // count if count <= 1000 else 1000 / count)
     return noise_levels(lambda n: torch.exp(-PATHS["vp"].lam((index + 1) / 1000)), steps, path, denoise)
 
 # %% ../nbs/02_path.ipynb #040755d7
@@ -251,10 +252,17 @@ def grid(
     make_grid = pick("grid", name, GRIDS)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
         raise ValueError(f"steps = {str(steps)[:40]!r} is not a whole number from 1 to 1000")
-    try:
-        ts = make_grid(steps, path, denoise, **options)
-    except TypeError:
-        raise ValueError(f"grid {name!r} does not take the options {', '.join(options)}") from None
+    if not isinstance(path, Path):
+        raise ValueError(f"path = {str(path)[:40]!r} is not a Path; take one of PATHS")
+    if not isinstance(denoise, bool):
+        raise ValueError(f"denoise = {str(denoise)[:40]!r} is not True or False")
+    own = list(inspect.signature(make_grid).parameters)[3:]
+    for key, value in options.items():
+        if key not in own:
+            raise ValueError(f"grid {name!r} does not take {key!r}; {'it takes ' + ', '.join(own) if own else 'it takes no options'}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{key} = {str(value)[:40]!r} is not a number above 0")
+    ts = make_grid(steps, path, denoise, **options)
     if finite and path.alpha(ts[0]) < 1e-6:
         ts = ts * path.time(torch.tensor(-math.log(80.0), dtype=torch.float64))
     ts = ts.float()

@@ -125,6 +125,8 @@ def speeds(
     frame(fig, height)
     fig.update_xaxes(title_text="move", row=2, col=1, range=[0.5, max(len(size), 1) + 0.5], tickformat="d")
     fig.update_xaxes(range=[0.5, max(len(size), 1) + 0.5], tickformat="d", row=1, col=1)
+    if len(size) <= 12:
+        fig.update_xaxes(dtick=1)
     fig.update_yaxes(rangemode="tozero", title_text="|v| / √d", row=1, col=1)
     fig.update_yaxes(title_text="cosine", row=2, col=1)
     if straightness is not None:

@@ -104,7 +104,7 @@ def teacher_of(
     for key in ("data", "path", "classes"):
         mine, theirs = getattr(config, key), getattr(teacher.config, key)
         if mine != theirs:
-            raise ValueError(f"{key} = {mine!r}, but the teacher {teacher.name!r} was trained with {key} = {theirs!r}; use {key}={theirs} or another teacher")
+            raise ValueError(f"teacher = {teacher.name!r} was trained with {key} = {theirs!r}, not {mine!r}; use {key}={theirs} or another teacher")
     if getattr(method, "head", 1) > teacher.heads:
         raise ValueError(f"head = {method.head} is not there: the teacher {teacher.name!r} has {teacher.heads}")
     return teacher
@@ -222,7 +222,8 @@ def run_name(
 ) -> str:
     "The folder name a configuration gets: data, method, arguments; a short hash if anything else is not the default."
     parts = [re.sub(r"[^\w.-]+", "-", config.data.removeprefix("folder:"), flags=re.ASCII).strip(".-") or "folder", config.method]
-    parts += [f"{k}{v:g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k}-{v}" for k, v in sorted(config.args.items())]
+    plain = lambda v: re.sub(r"[^\w.-]+", "-", str(v), flags=re.ASCII).strip(".-")
+    parts += [f"{k}{v:g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k}-{plain(v)}" for k, v in sorted(config.args.items())]
     parts += ["classes"] * config.classes + [f"seed{config.seed}"] * bool(config.seed)
     named = {"data", "method", "args", "classes", "seed", "save_every", "log_every"}
     rest = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in named and getattr(config, f.name) != f.default}
@@ -295,6 +296,8 @@ def find_solver(
     name: str, # a name in SOLVERS, or a run of method dode
 ) -> Solver:
     "The solver of that name; a `ValueError` that lists the choices if there is none."
+    if isinstance(name, Solver):
+        return name
     if isinstance(name, str) and name and name not in SOLVERS:
         try:
             folder = locate(name)
@@ -376,7 +379,7 @@ class Run:
         except ValueError as e:
             raise ValueError(f"run {self.name!r} is a solver for the network of {known['name']!r}, which cannot be used: {e}") from None
         if not same:
-            raise ValueError(f"run {self.name!r} is a solver for another network than {known['name']!r} holds now (SHA-256 differs); fit it again")
+            raise ValueError(f"run {self.name!r} is a solver for another network than {known['name']!r} holds now (SHA-256 differs); fit one under another name=")
         return teacher
 
     def network_hash(self, weights: str = "ema") -> str:
@@ -386,8 +389,8 @@ class Run:
 
     @property
     def own(self) -> dict:
-        "How this run is sampled where nobody says otherwise: solver, steps, grid."
-        return self.method.sampling() | ({"solver": self.name} if self.method.product == "solver" else {})
+        "How this run is sampled where nobody says otherwise: solver, steps, grid, head, guidance."
+        return {"head": 1, "guidance": 1.0} | self.method.sampling() | ({"solver": self.name} if self.method.product == "solver" else {})
 
     def solver(self) -> Solver:
         "The solver that a run of method dode holds, bound to its grid and network."
@@ -397,7 +400,7 @@ class Run:
             raise ValueError(f"run {self.name!r} is a solver that is not fitted yet: batch {self.step} of {self.length}")
         numbers = self.method.numbers(self.noise_path, self.shape)
         fill({"solver": numbers}, self.tensors("ema.safetensors"), f"run {self.name!r}: ema.safetensors")
-        return self.method.product_of(numbers, self.noise_path, made_for=self.info["teacher"] | {"head": self.method.head, "guidance": self.method.guidance, "denoise": True, "lower_order_final": None})
+        return self.method.product_of(numbers, self.noise_path, made_for=self.info["teacher"] | {"head": self.method.head, "guidance": self.method.guidance, "denoise": True, "lower_order_final": None, "numbers": self.network_hash()})
 
     def net(self, weights: str = "ema", device: str = "") -> nn.Module:
         "The trained network in eval mode, read once."
@@ -423,20 +426,22 @@ class Run:
         seed: int = 0, # noise seed
         index: int = 16, # number of samples, or their indices (B,)
         steps: int = None, # solver moves, 1 to 1000; None = the run's own number
-        solver: str = None, # a name in SOLVERS or a run of method dode; None = the run's own
+        solver: str = None, # a name in SOLVERS, a run of method dode or a `Solver`; None = the run's own
         grid: str = None, # a name in GRIDS, or "native" for the one the solver's authors use; None = the run's own
         weights: str = "ema", # "ema" or "raw"
-        head: int = 1, # 1..K
+        head: int = None, # 1..K; None = the run's own
         y=None, # class, (B,) classes, or None for no label
-        guidance: float = 1.0, # 1 = the conditional velocity
+        guidance: float = None, # 1 = the conditional velocity; None = the run's own
         lower_order_final: bool = None, # lower orders in the last moves; None = as the solver's authors do
         denoise: bool = True, # whether the last move goes to t = 0
         device: str = "",
         flow: Callable = None, # what to walk along instead of the run's own velocity
     ) -> Iterator[State]:
         "Walk from noise to samples, yielding every state; wrong choices raise before the first one."
-        solver, grid, steps = (self.own[key] if value is None else value for key, value in (("solver", solver), ("grid", grid), ("steps", steps)))
+        solver = self.own["solver"] if solver is None else solver
         entry = find_solver(solver)
+        own = self.own | ({"steps": len(entry.ts) - 1, "grid": entry.grid} if entry.ts else {})
+        steps, grid, head, guidance = (own[k] if v is None else v for k, v in (("steps", steps), ("grid", grid), ("head", head), ("guidance", guidance)))
         seed, head = whole("seed", seed, 0, 2**63 - 1), whole("head", head, 1, self.heads)
         if not isinstance(index, Tensor):
             index = torch.arange(whole("count", index, 1, 100_000))
@@ -445,7 +450,7 @@ class Run:
             now = {"network": self.source.network_hash(weights), "head": head, "guidance": guidance, "denoise": denoise, "lower_order_final": lower_order_final}
             for key, value in now.items():
                 if entry.made_for[key] != value:
-                    what = f"the averaged (ema) weights of {entry.made_for['name']!r}, not for these" if key == "network" else f"{key} = {entry.made_for[key]}, not for {value}"
+                    what = f"the averaged (ema) weights of {entry.made_for['name']!r} as they were at the time, not for these" if key == "network" else f"{key} = {entry.made_for[key]}, not for {value!r}"
                     raise ValueError(f"solver {solver!r} was fitted for {what}; fit one with method=dode args.teacher={self.source.name}")
             if len(ts) != len(entry.ts) or max(abs(a - b) for a, b in zip(ts.tolist(), entry.ts)) > 1e-5:
                 raise ValueError(f"solver {solver!r} was fitted for steps = {len(entry.ts) - 1} on grid = {entry.grid!r}, not for {steps} on {grid!r}")
@@ -585,6 +590,7 @@ def train(
         run.__init__(folder)
         length = run.length
         if run.step >= length:
+            run.source.network_hash() # a solver whose network is gone is not done
             yield f"run {run.name}: already trained, {run.step} steps"
             return
         objective, data = build(config, device)

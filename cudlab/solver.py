@@ -185,6 +185,9 @@ def multistep(
     corrector: Callable = None, # rule(nodes with the new one first, path) -> a weight for each
 ) -> Callable:
     "The solver that weighs its last predictions: walk(f, x, ts, path, lower_order_final, adjust)."
+    if kind not in KINDS or isinstance(memory, bool) or memory not in range(1, 9):
+        raise ValueError(f"kind = {kind!r} and memory = {memory!r}: a solver remembers 1 to 8 predictions of {', '.join(KINDS)}")
+
     def walk(f: Callable, x: Tensor, ts: Tensor, path: Path = linear, lower_order_final: bool = None, adjust: Callable = None) -> Iterator[tuple]:
         at, ts, falling = levels(path, ts), ts.to(x), len(ts) - 1 < lower if lower_order_final is None else lower_order_final
         seen, before, start, move = [], None, None, None
@@ -261,6 +264,8 @@ TEXTBOOK = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59
 
 def textbook_rule(nodes: list, s: Level, path: Path, kind: str = "eps") -> list:
     "iPNDM: Adams-Bashforth's uniform-grid weights (2204.13902)."
+    if len(nodes) not in TEXTBOOK:
+        raise ValueError(f"order = {len(nodes)}: there are textbook weights for {', '.join(map(str, TEXTBOOK))}")
     gain = transfer(kind, nodes[0][0], s)[1]
     return [gain * w for w in TEXTBOOK[len(nodes)]]
 
@@ -467,7 +472,7 @@ SOLVERS = {
     "ab3-rk3": Solver(started("v", 3, adams_rule, RK3), 3, warmed(3, 2, True), "Adams-Bashforth on v, Kutta start"),
     "ab4-rk4": Solver(started("v", 4, adams_rule, RK4), 4, warmed(4, 3, True), "Adams-Bashforth on v, Runge-Kutta start"),
     "ipndm-v": Solver(multistep("v", 4, partial(textbook_rule, kind="v")), 2, each(1), "iPNDM on v: textbook weights on any grid (2204.13902)", adjustable=True),
-    "pndm-v": Solver(started("v", 4, partial(textbook_rule, kind="v"), RK4), 4, warmed(4, 3, True), "PNDM on v: Runge-Kutta start (2202.09778)"),
+    "pndm-v": Solver(started("v", 4, partial(textbook_rule, kind="v"), RK4), 4, warmed(4, 3, True), "PNDM on v: Runge-Kutta start; order 4 on a uniform grid (2202.09778)"),
     "ddim": in_noise(multistep("eps", 1, textbook_rule), 1, each(1), "DDIM (2010.02502)"),
     "ipndm": in_noise(multistep("eps", 4, textbook_rule), 2, each(1), "iPNDM on eps (2204.13902)"),
     "pndm": in_noise(started("eps", 4, textbook_rule, RK4), 2, warmed(4, 3, False), "PNDM on eps: Runge-Kutta start (2202.09778)", adjustable=False),
@@ -487,7 +492,7 @@ SOLVERS = {
     f"{name}{p}-bh{bh}": in_noise(
         multistep("x0", p, partial(unip_rule, bh=bh), lower=1001, corrector=partial(unic_rule, bh=bh) if name == "unipc" else None),
         order, each(1), f"{'UniPC' if name == 'unipc' else 'UniP, the predictor of UniPC'}, order {p}, bh{bh} (2302.04867)", "logsnr", name == "unip")
-    for name, p, bh, order in (("unip", 2, 1, 2), ("unip", 2, 2, 2), ("unip", 3, 1, 2), ("unip", 3, 2, 2), ("unipc", 2, 1, 3), ("unipc", 2, 2, 3), ("unipc", 3, 1, 3), ("unipc", 3, 2, 4))
+    for name, p, bh, order in (("unip", 2, 1, 2), ("unip", 2, 2, 2), ("unip", 3, 1, 2), ("unip", 3, 2, 2), ("unipc", 2, 1, 3), ("unipc", 2, 2, 3), ("unipc", 3, 1, 3), ("unipc", 3, 2, 3))
 }
 
 # %% ../nbs/04_solver.ipynb #9192cf8d
@@ -557,7 +562,11 @@ def walk(
     lower_order_final: bool = None, # lower orders in the last moves; None = as the solver's authors do
 ) -> Iterator[State]:
     "Every state from ts[0] to ts[-1], one for each move, as soon as it is known."
-    entry = solver_of(solver)
+    entry, ts = solver_of(solver), torch.as_tensor(ts)
+    if not isinstance(path, Path):
+        raise ValueError(f"path = {str(path)[:40]!r} is not a Path; take one of PATHS")
+    if lower_order_final not in (None, True, False):
+        raise ValueError(f"lower_order_final = {str(lower_order_final)[:40]!r} is not True, False or None")
     if ts.dim() != 1 or len(ts) < 2 or not (ts[:-1] > ts[1:]).all() or ts[0] > 1 or ts[-1] < 0:
         raise ValueError(f"ts = {ts.flatten()[:6].tolist()} is not a decreasing row of at least two times in [0, 1]")
     if entry.finite and levels(path, ts[:1])[0].alpha < 1e-6:
@@ -580,5 +589,5 @@ def solve(
     lower_order_final: bool = None, # as in `walk`
 ) -> Trajectory:
     "The whole walk collected."
-    states = list(walk(f, x, ts, solver, path, lower_order_final))
+    states, ts = list(walk(f, x, ts, solver, path, lower_order_final)), torch.as_tensor(ts)
     return Trajectory(ts, torch.stack([s.x for s in states]), torch.stack([s.v for s in states[1:]]), states[-1].nfe, path)
