@@ -52,6 +52,7 @@ MOST = dict(steps=256, nfe=1024, count=64, columns=33, scores=24, n=10_000)
 EVERY = 0.1
 SHARP = 2_000_000
 ANY = "any"
+BUDGETS = "1, 2, 4, 8, 16"
 LOWER = {"auto": None, "yes": True, "no": False}
 
 
@@ -244,11 +245,13 @@ def decided(name, solver) -> tuple:
         return tuple(values.get(key, gr.skip()) for key in BOUND)
 
 
-def budgeted(name, solver) -> tuple:
-    "What choosing a solver does to grid and NFE of the measurement."
+def budgeted(name, solver, wanted="") -> tuple:
+    "What choosing a solver does to grid and NFE of the measurement; the one NFE of a learned solver goes with it."
     with in_words():
         found = entry(Ask(solver=solver).solver, opened(name))
-        return (found.grid, str(found.calls(len(found.ts) - 1))) if found.ts else (gr.skip(), gr.skip())
+        if found.ts:
+            return found.grid, str(found.calls(len(found.ts) - 1))
+        return gr.skip(), BUDGETS if str(wanted).strip().isdecimal() else gr.skip()
 
 
 # The film: one column a step, sent as it is made
@@ -541,7 +544,7 @@ def offered(names: list) -> list:
     return [(n if n in SOLVERS else f"{n}  ·  learned", n) for n in names]
 
 
-def fitted(name, solver="", q_solver="") -> tuple:
+def fitted(name, solver="", q_solver="", wanted="") -> tuple:
     "The controls that depend on the run: classes, heads, solvers and what they decide, and a line about it."
     with in_words():
         run = opened(name)
@@ -555,7 +558,7 @@ def fitted(name, solver="", q_solver="") -> tuple:
         values = bound(entry(solver, run))
         return (line, gr.update(choices=others, value=ours), gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))),
                 gr.update(value=64 if flat(run) else 8), gr.update(visible=flat(run)), gr.update(visible=not flat(run)),
-                gr.update(choices=offered(names), value=solver), gr.update(choices=offered(counted), value=q_solver), *budgeted(name, q_solver),
+                gr.update(choices=offered(names), value=solver), gr.update(choices=offered(counted), value=q_solver), *budgeted(name, q_solver, wanted),
                 *(values.get(key, gr.skip()) for key in BOUND[:-2]), gr.update(maximum=max(run.heads, 2), value=values.get("head", 1), interactive=run.heads > 1),
                 gr.update(value=values.get("guidance", 1.0), visible=bool(labels(run))))
 
@@ -730,7 +733,7 @@ def build() -> gr.Blocks:
                     with gr.Column(scale=1, min_width=288, elem_classes="aside"):
                         q_solver = gr.Dropdown(offered(s for s in SOLVERS if SOLVERS[s].calls), value="euler", label="Solver", elem_id="q-solver")
                         q_grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", info="native is the one of the solver's authors", filterable=False, elem_id="q-grid")
-                        q_nfe = gr.Textbox("1, 2, 4, 8, 16", label="NFE", info="network calls per sample, with commas", max_length=200)
+                        q_nfe = gr.Textbox(BUDGETS, label="NFE", info="network calls per sample, with commas", max_length=200)
                         against = gr.Dropdown([], value=[], multiselect=True, label="Compare with", info="other runs on the same data, with this solver and grid", elem_id="against")
                         q_n = gr.Slider(100, 5000, value=2000, step=100, label="Samples per score")
                         q_seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
@@ -759,7 +762,7 @@ def build() -> gr.Blocks:
         first = page.load(arrived, None, [run, everything, *fits], api_name="runs", **quick).success(**sampling | dict(fn=greeted), api_visibility="private")
         pressed = go.click(**sampling, api_name="sample")
         fresh = reseed.click(lambda: int.from_bytes(os.urandom(4), "big") % 1_000_000, None, seed, api_name="seed", **quick).success(**sampling, api_visibility="private")
-        refit = run.input(fitted, [run, solver, q_solver], fits, api_name="fit", preprocess=False, **quick)
+        refit = run.input(fitted, [run, solver, q_solver, q_nfe], fits, api_name="fit", preprocess=False, **quick)
         changed = refit.success(**sampling, api_visibility="private")
         solver.input(decided, [run, solver], decides, api_name="decide", preprocess=False, **quick)
         stop.click(None, None, None, cancels=[pressed, fresh, changed, first], api_name=False)
@@ -768,7 +771,7 @@ def build() -> gr.Blocks:
         measuring = fill.click(measured, [run, q_solver, q_nfe, q_n, q_seed, against, q_grid], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
         halt.click(None, None, None, cancels=[measuring], api_name=False)
         drawing = dict(fn=curve, inputs=[run, against, q_solver, q_grid], outputs=curves, preprocess=False, **quick)
-        q_solver.input(budgeted, [run, q_solver], [q_grid, q_nfe], api_name="budget", preprocess=False, **quick)
+        q_solver.input(budgeted, [run, q_solver, q_nfe], [q_grid, q_nfe], api_name="budget", preprocess=False, **quick)
         gr.on([quality_tab.select, against.change, q_solver.input, q_grid.change], **drawing, api_name="scores")
         about_tab.select(about, [run], [facts, loss, made, config], preprocess=False, api_name="about", **quick)
         refit.success(**drawing, api_visibility="private")

@@ -48,7 +48,7 @@ def test_a_learned_solver_is_nearer_to_the_flow_than_its_base():
 
 def test_the_run_samples_like_its_teacher_with_it():
     run = fitted()
-    assert run.own == {"solver": "learned", "steps": 4, "grid": "uniform"}
+    assert run.own == {"solver": "learned", "steps": 4, "grid": "uniform", "head": 1, "guidance": 1.0}
     mine, theirs = run.solve(index=4, seed=1), Run.open("digits-rf").solve(index=4, seed=1, solver="learned", steps=4, grid="native")
     assert torch.equal(mine.x, theirs.x) and mine.nfe == 4
     assert run.verify() == 5 and find_solver("learned").ts[0] == 1.0
@@ -63,7 +63,7 @@ def test_every_base_of_the_paper_is_made_by_a_run(base, calls):
 def test_it_is_refused_where_it_was_not_fitted_for():
     fitted()
     teacher, other = Run.open("digits-rf"), Run.open("digits-cud")
-    for run, choice, said in ((other, {}, "the averaged (ema) weights of .digits-rf., not for these"), (teacher, dict(steps=5), "steps = 4"), (teacher, dict(grid="shifted"), "grid = 'uniform'"),
+    for run, choice, said in ((other, {}, "weights of 'digits-rf' as they were"), (teacher, dict(steps=5), "steps = 4"), (teacher, dict(grid="shifted"), "grid = 'uniform'"),
                               (teacher, dict(weights="raw"), "averaged"), (teacher, dict(guidance=2.0), "guidance = 1.0"), (teacher, dict(denoise=False), "denoise = True")):
         with pytest.raises(ValueError, match=said):
             run.solve(**dict(index=2, steps=4, solver="learned", grid="uniform") | choice)
@@ -97,6 +97,7 @@ def test_a_teacher_that_changed_is_noticed(tmp_path):
     assert "another network" in complaint(run.solve, index=2)
     shutil.rmtree(folder)
     assert "'mine', which cannot be used" in complaint(run.solve, index=2)
+    assert "cannot be used" in complaint(lambda: list(train(run)))
 
 
 @pytest.mark.parametrize("args", [{}, dict(base="dpm-2s", fit_by="joint", target="heun", moves=2)])
@@ -127,6 +128,31 @@ def test_classes_and_guidance_are_fitted_for():
     assert teacher.solve(index=4, steps=4, solver="guided", grid="uniform", y=7, guidance=2.0).nfe == 8
     with pytest.raises(ValueError, match="guidance = 2.0, not for 1.0"):
         teacher.solve(index=4, steps=4, solver="guided", grid="uniform", y=7)
+    assert run.own["guidance"] == 2.0 and run.solve(index=4, y=7).nfe == 8
+
+
+def test_a_solver_of_the_second_head_is_sampled_with_it():
+    run = fitted(teacher="digits-cud-heads2", head=2)
+    assert torch.equal(run.solve(index=3).x, Run.open("digits-cud-heads2").solve(index=3, solver=run.name, head=2).x)
+
+
+def test_another_solver_under_the_same_name_is_measured_anew():
+    import shutil
+    teacher = create(Config(data="moons", method="rf", steps=3, batch=8), "plane")
+    list(train(teacher))
+    for scale in (5, 10):
+        run = create(Config(data="moons", method="dode", args=SMALL | dict(teacher="plane", scale=scale)), "learned")
+        list(train(run))
+        ask = evaluation(dict(solvers="learned", nfes="4", n=100))
+        assert "measured before" not in list(evaluate(Run.open("plane"), ask))[-1]
+        assert "measured before" in list(evaluate(Run.open("plane"), ask))[-1]
+        shutil.rmtree(run.path)
+
+
+@pytest.mark.parametrize("change, said", [(dict(steps=7), "steps = 7"), (dict(lr=0.1), "lr = 0.1"), (dict(compile=True), "compile = True")])
+def test_what_means_nothing_to_it_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        create(Config(method="dode", **change))
 
 
 def test_it_is_scored_like_any_solver():

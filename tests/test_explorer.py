@@ -229,6 +229,7 @@ def test_a_learned_solver_sets_the_controls(app):
     kept, gone = app.fitted("moons-run", "moons-solver", "heun"), app.fitted("digits-run", "moons-solver", "rk45")
     assert (kept[6]["value"], kept[7]["value"], gone[6]["value"], gone[7]["value"]) == ("moons-solver", "heun", "euler", "euler")
     assert app.budgeted("moons-run", "moons-solver") == ("uniform", "3")
+    assert app.budgeted("moons-run", "euler", "3")[1] == app.BUDGETS and app.budgeted("moons-run", "euler", "1, 5")[1] != app.BUDGETS
     assert sample(app, **LEARNED)[-1][4] and "solver='moons-solver'" in sample(app, **LEARNED | dict(run="moons-solver"))[-1][5]
 
 

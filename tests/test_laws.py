@@ -37,7 +37,7 @@ def test_every_kind_of_run_ships():
 @pytest.mark.parametrize("folder", SHIPPED, ids=[p.name for p in SHIPPED])
 def test_shipped_runs_are_whole_small_and_measured(folder):
     run = Run(folder)
-    assert run.verify() == 4 and run.step == run.config.steps and run.scores and run.metrics
+    assert run.verify() == 4 and run.step == run.length and run.scores and run.metrics
     assert sum(p.stat().st_size for p in folder.iterdir()) < 5_000_000
     assert run.name in (folder.parent / "README.md").read_text()
 
@@ -123,11 +123,19 @@ def test_the_streams_of_a_step_do_not_collide():
     assert len(set(torch.cat(words).tolist())) > 0.99 * 64 * 4 * 7
 
 
-def test_scores_in_the_readme_come_from_the_study():
+@pytest.mark.parametrize("study", ["aim", "solvers"])
+def test_scores_in_the_readme_come_from_the_study(study):
     root = Path(__file__).parents[1]
-    table = (root / "docs/aim.md").read_text().strip()
+    table = (root / f"docs/{study}.md").read_text().strip()
     assert table in (root / "README.md").read_text()
-    assert json.loads((root / "docs/aim.json").read_text())["protocol"].startswith("digits")
+    assert json.loads((root / f"docs/{study}.json").read_text())["protocol"].startswith("digits")
+
+
+def test_the_shipped_learned_solver_is_for_the_shipped_network():
+    learned, network = (Run(next(p for p in SHIPPED if p.name == name)) for name in ("digits-dode-euler5", "digits-rf"))
+    assert learned.info["teacher"]["network"] == network.network_hash()
+    best = {s["solver"]: s["endpoint"] for s in learned.scores if s["nfe"] == 5}
+    assert best[learned.name] < best["ab2"] < best["euler"]
 
 
 FREE = [name for name, entry in SOLVERS.items() if entry.finite and not name.startswith(("deis-tab", "pndm"))] # these two have a clock of their own path
