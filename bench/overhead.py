@@ -52,5 +52,5 @@ def imports(rounds: int = 7) -> None:
 if __name__ == "__main__":
     use_threads()
     overhead("digits", (1, 8, 8), 64, ("euler", "ab2", "ab4", "heun"))
-    overhead("mnist", (1, 28, 28), 32, tuple(name for name, entry in SOLVERS.items() if entry.calls and entry.calls(9) == 9), rounds=7)
+    overhead("mnist", (1, 28, 28), 32, tuple(name for name, entry in SOLVERS.items() if entry.calls and entry.calls(9) == 9), rounds=5)
     imports()
