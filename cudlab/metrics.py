@@ -408,15 +408,14 @@ class Remembered:
         f: Callable, # velocity f(x, t)
         limit: int = 2**29, # bytes of answers kept; then it starts anew
     ):
-        self.f, self.limit, self.known, self.size, self.asked, self.made = f, limit, {}, 0, 0, 0
+        self.f, self.limit, self.known, self.size = f, limit, {}, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         key = hashlib.blake2b(x.contiguous().cpu().numpy().tobytes() + t.cpu().numpy().tobytes(), digest_size=16).digest()
-        self.asked += 1
         if key not in self.known:
             if self.size > self.limit:
                 self.known, self.size = {}, 0
-            self.known[key], self.made = self.f(x, t), self.made + 1
+            self.known[key] = self.f(x, t)
             self.size += x.numel() * x.element_size()
         return self.known[key]
 

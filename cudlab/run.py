@@ -380,6 +380,7 @@ class Run:
             raise ValueError(f"run {self.name!r} is a solver for the network of {known['name']!r}, which cannot be used: {e}") from None
         if not same:
             raise ValueError(f"run {self.name!r} is a solver for another network than {known['name']!r} holds now (SHA-256 differs); fit one under another name=")
+        teacher.nets = self.nets # read once
         return teacher
 
     def network_hash(self, weights: str = "ema") -> str:
