@@ -239,6 +239,7 @@ class DODE(Objective):
     guidance: float = spec(1.0, "classifier-free guidance it is fitted for; 1 is none", low=0, high=100)
 
     product = "solver"
+    supervision = "teacher"
 
     def check(self, config: Config) -> None:
         unused = ("net", "dropout", "phi0", "steps", "batch", "lr", "warmup", "schedule", "clip", "ema", "label_dropout", "dtype", "compile")
@@ -266,7 +267,7 @@ class DODE(Objective):
         self.entry = SOLVERS[self.base]
         self.ts = grid(self.times, self.moves, path, self.entry.finite)
         self.players = {"solver": self.numbers(path, net.shape)}
-        self.ema = self.players
+        self.ema, self.frozen = self.players, {}
         return self
 
     def numbers(self, path: Path, shape: tuple) -> Numbers:

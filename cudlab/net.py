@@ -37,19 +37,22 @@ class Condition(nn.Module):
         features: int, # width of the time features
         width: int, # width of the result
         classes: int = 0, # number of classes; 0 = unconditional
-        times: int = 1, # 2 for networks of two times (r, t)
+        times: int = 1, # 2 for networks of two times (t, and the end r of a jump)
     ):
         super().__init__()
         self.features, self.classes = features, classes
         self.map0, self.map1 = nn.Linear(features, width), nn.Linear(width, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.second = nn.Linear(features, width) if times == 2 else None
+        if self.second is not None:
+            nn.init.zeros_(self.second.weight)
+            nn.init.zeros_(self.second.bias)
 
     def forward(self, t: Tensor, y: Tensor = None, r: Tensor = None) -> Tensor:
-        "t (B,), y (B,) class indices or None, r (B,) or None."
+        "t (B,), y (B,) class indices or None, r (B,) where a jump from t ends; None = no jump."
         z = self.map0(time_features(t, self.features))
         if self.second is not None:
-            z = z + self.second(time_features(t if r is None else r, self.features))
+            z = z + self.second(time_features(torch.zeros_like(t) if r is None else t - r, self.features))
         z = self.map1(F.silu(z))
         if self.label is not None:
             z = z + self.label(torch.full_like(t, self.classes, dtype=torch.long) if y is None else y)
@@ -71,7 +74,7 @@ class MLP(nn.Module):
         **unused, # options of image networks: dropout, phi0
     ):
         super().__init__()
-        self.shape, self.classes, self.count = tuple(shape), classes, heads
+        self.shape, self.classes, self.count, self.times = tuple(shape), classes, heads, times
         self.condition = Condition(64, width, classes, times)
         self.first = nn.Linear(shape[0], width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
@@ -196,7 +199,7 @@ class UNet(nn.Module):
         channels, size, _ = shape
         if size % 2 ** (len(mult) - 1) or shape[2] % 2 ** (len(mult) - 1):
             raise ValueError(f"image size {size}x{shape[2]} cannot be halved {len(mult) - 1} times; use another network preset or image size")
-        self.shape, self.classes, self.count, self.phi0 = tuple(shape), classes, heads, phi0
+        self.shape, self.classes, self.count, self.times, self.phi0 = tuple(shape), classes, heads, times, phi0
         emb = 4 * width
         self.condition = Condition(width, emb, classes, times)
         self.first = conv(channels, width)
@@ -219,13 +222,17 @@ class UNet(nn.Module):
                 c = m * width
         self.outs = nn.ModuleList(nn.Sequential(norm(c), nn.SiLU(), near_zero(conv(c, out or channels))) for _ in range(heads))
 
+    def encode(self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None) -> tuple:
+        "The condition (B, 4 width) and the features of every layer on the way down, a list of (B, C', H', W')."
+        z, skips = self.condition(t, y, r), [self.first(x)]
+        for block in self.down:
+            skips.append(block(skips[-1], z))
+        return z, skips
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None, heads: bool = False):
         "The velocity at (x, t), (B, C, H, W); with heads=True the list of all K."
-        z, h = self.condition(t, y, r), self.first(x)
-        skips = [h]
-        for block in self.down:
-            h = block(h, z)
-            skips.append(h)
+        z, skips = self.encode(x, t, y, r)
+        h = skips[-1]
         for block in self.middle:
             h = block(h, z)
         for block in self.up:
@@ -279,19 +286,20 @@ class Velocity:
         self.net, self.y, self.head, self.guidance = net, y, head, guidance
         self.guided = y is not None and guidance != 1
         self.cost = 2 if self.guided else 1 # network calls per sample
+        self.jumps = getattr(net, "times", 1) == 2 # whether it knows average velocities, f(x, t, r)
 
     def at(self, index: Tensor) -> "Velocity":
         "The same velocity for some of the samples, index (b,)."
-        return self if self.y is None else Velocity(self.net, self.y[index], self.head, self.guidance)
+        return self if self.y is None else type(self)(self.net, self.y[index], self.head, self.guidance)
 
-    def call(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.net(x, t, y) if self.head == 1 else self.net.heads(x, t, y)[self.head - 1]
+    def call(self, x: Tensor, t: Tensor, y: Tensor, *r: Tensor) -> Tensor:
+        return self.net(x, t, y, *r) if self.head == 1 else self.net.heads(x, t, y, *r)[self.head - 1]
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        "x (B, *S), t (B,) -> v (B, *S)."
+    def __call__(self, x: Tensor, t: Tensor, *r: Tensor) -> Tensor:
+        "x (B, *S), t (B,) -> v (B, *S); with r (B,), in networks of two times, the average velocity on the way from t to r."
         if not self.guided:
-            return self.call(x, t, self.y)
+            return self.call(x, t, self.y, *r)
         null = torch.full_like(self.y, self.net.classes)
-        both = self.call(torch.cat([x, x]), torch.cat([t, t]), torch.cat([self.y, null]))
+        both = self.call(torch.cat([x, x]), torch.cat([t, t]), torch.cat([self.y, null]), *(torch.cat([s, s]) for s in r))
         v, v_null = both.chunk(2)
         return v_null + self.guidance * (v - v_null)

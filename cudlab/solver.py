@@ -7,10 +7,10 @@ __all__ = ['euler', 'midpoint', 'RK2', 'RK3', 'RK4', 'heun', 'kutta3', 'rk4', 'K
            'SOLVERS', 'runge_kutta', 'Counted', 'single_step', 'predicted', 'transfer', 'combined', 'pseudo_stages',
            'staged', 'multistep', 'adams_weights', 'adams_rule', 'gauss_legendre', 'deis_rule', 'textbook_rule',
            'momentum_rule', 'dpmpp_rule', 'unified', 'unip_rule', 'unic_rule', 'singlestep', 'between', 'dpm2_stages',
-           'dpm3_stages', 'edm_stages', 'rk45', 'Solver', 'each', 'exponential', 'warmed', 'started', 'in_noise',
-           'solver_of', 'steps_for', 'State', 'Trajectory', 'walk', 'solve']
+           'dpm3_stages', 'edm_stages', 'rk45', 'flow_map', 'fresh_noise', 'renoise', 'Solver', 'each', 'exponential',
+           'warmed', 'started', 'in_noise', 'solver_of', 'steps_for', 'State', 'Trajectory', 'walk', 'solve']
 
-# %% ../nbs/04_solver.ipynb #2cc37dd2
+# %% ../nbs/04_solver.ipynb #11c30c15
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from .core import Rng
 from .core import pick
 from .path import Level
 from .path import Path
@@ -66,14 +67,15 @@ class Counted:
         total: list = None, # shared count of evaluated rows
     ):
         self.f, self.size, self.total = f, size, [0] if total is None else total
+        self.jumps = getattr(f, "jumps", False)
 
     def at(self, index: Tensor) -> "Counted":
         "The same counter for some of the samples."
         return Counted(self.f.at(index) if hasattr(self.f, "at") else self.f, self.size, self.total)
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, *r: Tensor) -> Tensor:
         self.total[0] += len(x) * getattr(self.f, "cost", 1)
-        return self.f(x, t)
+        return self.f(x, t, *r)
 
     @property
     def nfe(self) -> float:
@@ -413,12 +415,44 @@ def rk45(
             yield x.clone(), departure
     return walk
 
+# %% ../nbs/04_solver.ipynb #99108127
+def flow_map(f: Callable, x: Tensor, ts: Tensor, path: Path = linear, **unused) -> Iterator[tuple]:
+    "One jump a move: x_s = x_t + (s - t) f(x_t, t, s) (2405.12970, 2505.13447); Euler if f has one time."
+    ts = ts.to(x)
+    for t, s in zip(ts[:-1], ts[1:]):
+        at, to = t.expand(len(x)), s.expand(len(x))
+        v = f(x, at, to) if getattr(f, "jumps", False) else f(x, at)
+        x = x + (s - t) * v
+        yield x, v
+
+
+def fresh_noise(
+    start: Tensor, # starting states, (B, *S)
+    draw: int, # which draw, 0, 1, ...
+) -> Tensor:
+    "Standard normal noise that depends on each sample's starting state alone, (B, *S)."
+    words = (start.flatten(1)[:, :16].float() * 256).floor().long()
+    odd = 2 * torch.arange(words.shape[1], device=start.device) + 1
+    key = (words * (odd * 0x9E3779B1 & 0xFFFFFFFF)).sum(1)
+    return Rng(0, draw, start.device).normal("fresh", key ^ key >> 32, tuple(start.shape[1:])).to(start)
+
+
+def renoise(f: Callable, x: Tensor, ts: Tensor, path: Path = linear, **unused) -> Iterator[tuple]:
+    "To the data and back up with fresh noise: x_s = alpha_s x0_hat + sigma_s n (2303.01469)."
+    at, ts, start = levels(path, ts), ts.to(x), x
+    for i, (t, s) in enumerate(zip(at[:-1], at[1:])):
+        v = f(x, ts[i].expand(len(x)))
+        x = s.alpha * predicted("x0", x, v, t)
+        if s.sigma:
+            x = x + s.sigma * fresh_noise(start, i)
+        yield x, v
+
 # %% ../nbs/04_solver.ipynb #e4dd6706
 @dataclass(frozen=True)
 class Solver:
     "A named solver: its walk, convergence order, NFE rule and source."
     walk: Callable # walk(f, x, ts, path, lower_order_final=None, adjust=None) -> iterator of (x, v)
-    order: float # of convergence, as a test measures it on a smooth flow
+    order: float # of convergence, as a test measures it on a smooth flow; None where it follows no ODE
     calls: Callable # (moves, whether the last one goes to t = 0) -> NFE; None where the solver decides
     source: str
     grid: str = "uniform" # native grid: a name in GRIDS
@@ -460,6 +494,8 @@ SOLVERS = {
     "kutta3": Solver(single_step(kutta3), 3, each(3), "Kutta 1901"),
     "rk4": Solver(single_step(rk4), 4, each(4), "Kutta 1901"),
     "rk45": Solver(rk45(), 5, None, "Dormand and Prince 1980, per-sample steps"),
+    "flow-map": Solver(flow_map, 1, each(1), "jumps of a network of two times; Euler for a network of one"),
+    "renoise": Solver(renoise, None, each(1), "multistep consistency sampling: data and fresh noise in turn (2303.01469)"),
     "momentum": Solver(multistep("v", 8, momentum_rule), 1, each(1), "Euler with velocity momentum 0.1, an option of CUD's reference sampler (2305.10769)"),
     "ab2": Solver(multistep("v", 2, adams_rule), 2, each(1), "Adams-Bashforth on v, Euler start", adjustable=True),
     "ab3": Solver(multistep("v", 3, adams_rule), 2, each(1), "Adams-Bashforth on v, low-order start", adjustable=True),
