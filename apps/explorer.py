@@ -226,31 +226,40 @@ def cost(solver, by, amount, denoise=True, run="") -> str:
     nfe = f"{found.calls(steps, ask.denoise)} NFE" if found.calls else "NFE as needed"
     kind = f"fitted for {len(found.ts) - 1} steps on the {found.grid} grid" if found.ts else f"native grid {found.grid}"
     return (f"<p class='cost' role='status'><b>{steps}</b> {'step' if steps == 1 else 'steps'} <i>=</i> <b>{nfe}</b> "
-            f"<span>order {found.order:g}, {kind}</span> <span>{html.escape(found.source)}</span></p>")
+            f"<span>{f'order {found.order:g}' if found.order else 'no order: it follows no ODE'}, {kind}</span> <span>{html.escape(found.source)}</span></p>")
 
 
 BOUND = ("by", "amount", "grid", "weights", "lower_order_final", "denoise", "head", "guidance")
 
 
-def bound(solver: Solver) -> dict:
-    "The controls that a learned solver decides, and their values; none for other solvers."
-    usual = dict(by="steps", weights="ema", lower_order_final="auto", denoise=True)
-    return usual | dict(amount=len(solver.ts) - 1, grid=solver.grid, head=solver.made_for["head"], guidance=solver.made_for["guidance"]) if solver.ts else {}
+def bound(solver: Solver, run: Run) -> dict:
+    "The controls that a learned solver or the run itself decides, and their values; none for other solvers and runs."
+    usual = dict(by="steps", lower_order_final="auto", denoise=True)
+    if run.fixed:
+        return usual | dict(amount=run.fixed["steps"], grid=run.fixed["grid"])
+    return usual | dict(weights="ema", amount=len(solver.ts) - 1, grid=solver.grid, head=solver.made_for["head"], guidance=solver.made_for["guidance"]) if solver.ts else {}
+
+
+def possible(run: Run) -> list:
+    "The solvers a run can be sampled with: those of the lab, and the learned ones that fit it."
+    return [n for n in [*SOLVERS, *learned(run)] if not run.refuses(solver=n)]
 
 
 def decided(name, solver) -> tuple:
     "What choosing a solver does to the controls in BOUND."
     with in_words():
-        values = bound(entry(Ask(solver=solver).solver, opened(name)))
+        run = opened(name)
+        values = bound(entry(Ask(solver=solver).solver, run), run)
         return tuple(values.get(key, gr.skip()) for key in BOUND)
 
 
 def budgeted(name, solver, wanted="") -> tuple:
     "What choosing a solver does to grid and NFE of the measurement; the one NFE of a learned solver goes with it."
     with in_words():
-        found = entry(Ask(solver=solver).solver, opened(name))
-        if found.ts:
-            return found.grid, str(found.calls(len(found.ts) - 1))
+        run = opened(name)
+        found = entry(Ask(solver=solver).solver, run)
+        if values := bound(found, run):
+            return values["grid"], str(found.calls(values["amount"]))
         return gr.skip(), BUDGETS if str(wanted).strip().isdecimal() else gr.skip()
 
 
@@ -395,7 +404,7 @@ def curve(name, against=None, solver="euler", grid="uniform") -> tuple:
     "The quality chart of a run beside others with the same solver and grid, its protocol in words, and the same as a table."
     with in_words():
         ask, run = Ask(solver=solver, grid=grid), opened(name)
-        return drawn(run, against, kept(run, [*SOLVERS, *learned(run)], ask.solver), ask.grid)
+        return drawn(run, against, kept(run, possible(run), ask.solver), ask.grid)
 
 
 def drawn(run: Run, against=None, solver="euler", grid="uniform") -> tuple:
@@ -417,7 +426,7 @@ def drawn(run: Run, against=None, solver="euler", grid="uniform") -> tuple:
     other = sum(s not in group for s in scores)
     caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>.{f' {html.escape(note)}.' if note else ''}"
                f"{f' {other} scores measured under another protocol are in the table and not in the chart.' if other else ''}</p>")
-    wide = [k for k in ("solver", "grid", "head", "steps", "nfe", "fd", "kd", "precision", "recall", "endpoint", "straightness", "seconds", "n", "seed", "weights", "extractor") if any(k in s for s in scores)]
+    wide = [k for k in ("solver", "grid", "head", "steps", "nfe", "fd", "kd", "precision", "recall", "endpoint", "reference", "seen", "straightness", "seconds", "n", "seed", "weights", "extractor") if any(k in s for s in scores)]
     wide += [k for k in ("lower_order_final", "denoise") if any(s.get(k, plot.USUAL[k]) != plot.USUAL[k] for s in scores)]
     rows = sorted(scores, key=lambda s: (str(s.get("solver")), s.get("nfe") or 0))
     mine = table(rows, wide, f"{len(scores)} scores of {run.name}") if scores else f"<p class='caption'>Nothing is measured on {html.escape(run.name)} yet.</p>"
@@ -444,8 +453,9 @@ def measured(name, solver, wanted, n, seed, against=None, grid="uniform", progre
         n, found = Count(n=n).n, entry(ask.solver, run)
         budgets = calls_wanted(wanted)
         for nfe in budgets:
-            moves(ask.solver, found, "NFE", nfe)
-        made, fixed = 0, {k: v for k, v in bound(found).items() if k in ("head", "guidance")}
+            if why := run.refuses(solver=ask.solver, steps=moves(ask.solver, found, "NFE", nfe), grid=ask.grid):
+                raise ValueError(why)
+        made, fixed = 0, {k: v for k, v in bound(found, run).items() if k in ("head", "guidance")}
 
         def tell(done, size):
             progress((made * size + done, len(budgets) * size), desc=f"{ask.solver}: point {made + 1} of at most {len(budgets)}", unit="samples")
@@ -552,10 +562,10 @@ def fitted(name, solver="", q_solver="", wanted="") -> tuple:
         line = (f"<p class='about'><b>{html.escape(run.config.method)}</b> on <b>{html.escape(run.config.data)}</b>, {done}, "
                 f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}</p>")
         others, ours = peers(run)
-        names = [*SOLVERS, *learned(run)]
+        names = possible(run)
         counted = [n for n in names if n not in SOLVERS or SOLVERS[n].calls]
         solver, q_solver = kept(run, names, solver), kept(run, counted, q_solver)
-        values = bound(entry(solver, run))
+        values = bound(entry(solver, run), run)
         return (line, gr.update(choices=others, value=ours), gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))),
                 gr.update(value=64 if flat(run) else 8), gr.update(visible=flat(run)), gr.update(visible=not flat(run)),
                 gr.update(choices=offered(names), value=solver), gr.update(choices=offered(counted), value=q_solver), *budgeted(name, q_solver, wanted),

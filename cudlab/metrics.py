@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['STUDENT', 'KEPT', 'FLOW', 'PROTOCOL', 'usable', 'gaussian_distance', 'frechet', 'frechet_interval', 'kernel_sums',
            'kernel_distance', 'inside', 'precision_recall', 'sliced', 'endpoint_error', 'straightness', 'interval',
-           'Sampling', 'keep', 'reference_features', 'flow_of', 'measure', 'comparable', 'plan', 'stored', 'curve',
-           'Remembered', 'sweep_part', 'sweep', 'Evaluation', 'evaluation', 'evaluate', 'summary']
+           'Sampling', 'keep', 'reference_features', 'flow_of', 'reference_of', 'seen', 'measure', 'comparable', 'plan',
+           'stored', 'curve', 'Remembered', 'sweep_part', 'sweep', 'Evaluation', 'evaluation', 'evaluate', 'summary']
 
-# %% ../nbs/22_metrics.ipynb #63b6795e
+# %% ../nbs/22_metrics.ipynb #376ab9ae
 import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -242,6 +243,10 @@ class Sampling(Args):
         "Whether a score was measured like this; scores from before a field existed have its default."
         return all(score.get(f.name, f.default) == getattr(self, f.name) for f in fields(self) if f.name != "batch")
 
+    def refused(self, run: Run) -> str:
+        "Why the run cannot be sampled like this, or ''."
+        return run.refuses(solver=self.solver, steps=self.steps, grid=self.grid, denoise=self.denoise)
+
     def of(
         self,
         run: Run,
@@ -296,12 +301,36 @@ def flow_of(
     sampling: Sampling,
     count: int = 128, # the first samples
 ) -> tuple:
-    "Where the run's own flow takes the first samples, (count, *S), and its straightness; computed once."
+    "Where the run's own flow takes the first samples, (count, *S), and its straightness; computed once. A one-step student has no flow."
     def compute():
         traj = run.solve(**sampling.of(run, torch.arange(count)) | FLOW)
         return traj.x, straightness(traj)
 
     return keep(("flow", str(run.path), run.step, sampling.weights, sampling.head, sampling.guidance, sampling.seed, count), compute)
+
+# %% ../nbs/22_metrics.ipynb #16d4311b
+def reference_of(
+    run: Run,
+    sampling: Sampling,
+    count: int = 128, # the first samples
+) -> tuple:
+    "The name of the run whose flow the samples are held against, and where that takes them, (count, *S); (None, None) where it is gone."
+    root = run.root
+    if root is None:
+        return None, None
+    if root.path == run.source.path:
+        return root.name, flow_of(run, sampling, count)[0]
+    asked = {k: getattr(run.method, k, v) for k, v in (("head", 1), ("guidance", 1.0))}
+    return root.name, flow_of(root, dataclasses.replace(sampling, weights="ema", **asked), count)[0]
+
+
+def seen(
+    run: Run,
+    extractor: Extractor,
+) -> bool:
+    "Whether the training looked through this extractor's features, or those of its family."
+    family = lambda name: name.rsplit("-v", 1)[0]
+    return family(extractor.name) in map(family, run.method.sees)
 
 # %% ../nbs/22_metrics.ipynb #7c3953f4
 def measure(
@@ -331,9 +360,10 @@ def measure(
     precision, recall = precision_recall(f, real)
     fd_low, fd_high = frechet_interval(f, real)
     quality = dict(fd=frechet(f, real), fd_low=fd_low, fd_high=fd_high, kd=kd, kd_low=kd_low, kd_high=kd_high, precision=precision, recall=recall, sliced=sliced(f, real))
-    goal, straight = flow_of(run, what, count)
+    name, goal = reference_of(run, what, count)
     return dict(
-        **quality, endpoint=endpoint_error(torch.cat(ends)[:count], goal), straightness=straight,
+        **quality, endpoint=None if goal is None else endpoint_error(torch.cat(ends)[:count], goal), reference=name,
+        straightness=flow_of(run, what, count)[1] if run.method.flows else None, seen=seen(run, extractor),
         nfe=round(calls / what.n, 4), seconds=round(spent, 4),
         run=run.name, step=run.step, data=data.name, split=data.split, data_hash=data.hash, note=data.note,
         extractor=extractor.name, extractor_hash=extractor.hash, **{k: v for k, v in asdict(what).items() if k != "batch"},
@@ -396,7 +426,7 @@ def curve(
     chosen = features(extractor or default_features(run.config.data, run.shape[0]))
     for solver, steps in plan(solvers, nfes, sampling.get("denoise", True)):
         what = make(Sampling, sampling | dict(solver=solver, steps=steps), "argument of measure")
-        if not stored(run, chosen, what):
+        if not what.refused(run) and not stored(run, chosen, what):
             yield measure(run, chosen, progress, **asdict(what))
 
 # %% ../nbs/22_metrics.ipynb #8e740c67
@@ -543,13 +573,17 @@ def evaluate(
     yield f"run {run.name}: step {run.step}, {len(points)} points of {job.n} samples, {extractor.name} ({extractor.hash})"
     for k, what in enumerate(points, 1):
         where = f"{k:>3}/{len(points)}  seed {what.seed}  {what.solver:9}{what.steps:>4} steps"
+        if why := what.refused(run):
+            yield f"{where}  left out: {why}"
+            continue
         if stored(run, extractor, what):
             yield f"{where}  measured before"
             continue
         score = measure(run, extractor, **asdict(what))
         run.add_score(score)
+        apart = "" if score["endpoint"] is None else f"  endpoint {score['endpoint']:.4f}"
         yield (f"{where}  NFE {score['nfe']:<5g} fd@{extractor.name} {score['fd']:.4f}  kd {score['kd']:+.5f} [{score['kd_low']:+.5f}, {score['kd_high']:+.5f}]"
-               f"  endpoint {score['endpoint']:.4f}  {score['seconds']:.1f} s")
+               f"{apart}  {score['seconds']:.1f} s{'  (features seen in training)' if score['seen'] else ''}")
 
 # %% ../nbs/22_metrics.ipynb #67dcf618
 def summary(

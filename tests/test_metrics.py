@@ -259,7 +259,11 @@ class Exact:
     "A run of eight Gaussians whose velocity is known in closed form: what `measure` needs of a Run, no more."
 
     name, step, path, shape, noise_path = "exact", 0, "nowhere", (2,), linear
-    config, classes = SimpleNamespace(data="gaussians", classes=False), []
+    config, classes, method = SimpleNamespace(data="gaussians", classes=False), [], SimpleNamespace(flows=True, sees=())
+    root = source = property(lambda self: self)
+
+    def refuses(self, **choices):
+        return ""
 
     def __init__(self):
         self.scores, self.asked = [], []
