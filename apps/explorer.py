@@ -544,9 +544,9 @@ def greeted(*form):
 
 
 def kept(run: Run, names: list, solver) -> str:
-    "The solver to go on with on a run: the one it holds, else the one there was if it is offered, else the run's usual one."
+    "The solver to go on with on a run: the one it is made for, else the one there was if it is offered, else Euler."
     own = run.own["solver"]
-    return next((s for s in ([] if own in SOLVERS else [own]) + [solver, own] if s in names), "euler")
+    return next((s for s in ([] if own == "euler" else [own]) + [solver, own] if s in names), "euler")
 
 
 def offered(names: list) -> list:

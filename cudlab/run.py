@@ -466,6 +466,8 @@ class Run:
             if choices.get(key) not in (None, value):
                 return (f"{key} = {str(choices[key])[:40]!r} is not possible with run {self.name!r}: a student of method {self.config.method} knows only the way from noise to data "
                         f"in one call; use {key}={value}")
+        if choices.get("solver") == "flow-map" and self.method.needs().get("times", 1) == 1:
+            return f"solver = 'flow-map' is not possible with run {self.name!r}: it makes jumps, and this network knows one time only; use solver=euler"
         return ""
 
     def solver(self) -> Solver:

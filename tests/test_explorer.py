@@ -41,6 +41,8 @@ def make_lab(folder):
             patch.setenv(key, value)
         tiny("moons-run", method="rf", data="moons", steps=20)
         tiny("moons-solver", method="dode", data="moons", args=dict(teacher="moons-run", samples=16, batches=2, moves=3))
+        tiny("moons-short", method="distill", data="moons", args=dict(teacher="moons-run", pairs=64, moves=2, targets="2"), steps=4)
+        tiny("moons-jumps", method="shortcut", data="moons", steps=4)
         digits = tiny("digits-run", method="rf", data="digits", classes=True, steps=4)
         shutil.copytree(digits.path, folder / "runs" / "damaged-run")
         weights = folder / "runs" / "damaged-run" / "ema.safetensors"
@@ -189,10 +191,10 @@ def test_bad_measurements_are_answered_in_one_sentence(app, nfe, n, seed):
 # Solvers
 
 def test_every_solver_offered_samples(app):
-    names = dict.fromkeys(app.SOLVERS) | dict.fromkeys(app.learned(app.opened("moons-run")))
-    assert len(names) == len(app.SOLVERS) + 1
-    for name in names:
-        numbers = sample(app, run="moons-run", solver=name, amount=3, grid="native", count=2)[-1][4]
+    names = dict.fromkeys(app.possible(app.opened("moons-run")))
+    assert len(names) == len(app.SOLVERS) - 1 + 1 # flow-map needs a network of two times; moons-solver fits
+    for name in [*names, "flow-map"]:
+        numbers = sample(app, run="moons-jumps" if name == "flow-map" else "moons-run", solver=name, amount=3, grid="native", count=2)[-1][4]
         calls = app.entry(name).calls
         assert "not finite" not in numbers and (not calls or figure(numbers, "NFE counted") == str(calls(3))), name
 
@@ -233,6 +235,26 @@ def test_a_learned_solver_sets_the_controls(app):
     assert sample(app, **LEARNED)[-1][4] and "solver='moons-solver'" in sample(app, **LEARNED | dict(run="moons-solver"))[-1][5]
 
 
+def test_a_one_step_student_sets_the_controls_and_refuses_the_rest(app):
+    shown = app.fitted("moons-short", "heun", "heun", "1, 2, 4")
+    assert [name for _, name in shown[6]["choices"]] == ["euler"] == [shown[6]["value"]] and (shown[8], shown[9]) == ("uniform", "1")
+    assert dict(zip(app.BOUND, app.decided("moons-short", "euler")))["amount"] == 1
+    ask = dict(run="moons-short", solver="euler", amount=1)
+    assert figure(sample(app, **ask)[-1][4], "NFE counted") == "1"
+    for change in (dict(amount=3), dict(solver="heun"), dict(grid="edm"), dict(denoise=False)):
+        assert "one call" in complains(lambda change=change: sample(app, **ask | change)), change
+    still = lambda *a, **k: None
+    assert "one call" in complains(lambda: list(app.measured("moons-short", "euler", "2", 80, 0, progress=still)))
+    *_, (chart, _, table) = app.measured("moons-short", "euler", "1", 80, 0, progress=still)
+    assert list(chart.data[0].x) == [1] and "moons-run" in table
+
+
+def test_a_network_of_two_times_opens_with_its_jumps(app):
+    assert app.fitted("moons-jumps", "heun", "heun")[6]["value"] == "flow-map"
+    assert figure(sample(app, run="moons-jumps", solver="flow-map", amount=3)[-1][4], "NFE counted") == "3"
+    assert "one time only" in complains(lambda: sample(app, run="moons-run", solver="flow-map"))
+
+
 def test_a_solver_without_its_teacher_is_a_sentence(app, lab):
     runs = Path(lab["CUDLAB_RUNS_PATH"])
     (runs / "moons-run").rename(runs / "hidden")
@@ -246,7 +268,7 @@ def test_a_solver_without_its_teacher_is_a_sentence(app, lab):
 def test_a_learned_solver_is_measured_on_its_run(app):
     still = lambda *a, **k: None
     own = [name for _, name in app.fitted("moons-solver")[7]["choices"]]
-    assert own == [n for n in app.SOLVERS if app.SOLVERS[n].calls] + ["moons-solver"]
+    assert own == [n for n in app.SOLVERS if app.SOLVERS[n].calls and n != "flow-map"] + ["moons-solver"]
     *_, (chart, caption, table) = app.measured("moons-solver", "moons-solver", "3", 80, 0, progress=still)
     assert [t.name for t in chart.data] == ["moons-solver"] and list(chart.data[0].x) == [3] and "80" in caption and table.count("<tr>") == 2
     *_, (chart, _, _) = app.measured("moons-solver", "dpmpp-2m", "2", 80, 0, None, "native", progress=still)
@@ -287,7 +309,7 @@ def test_an_unforeseen_failure_is_a_sentence_too(app, monkeypatch, caplog):
 
 
 def test_damaged_runs_are_listed_with_the_reason_but_not_offered(app):
-    assert {i for _, i in app.menu()} == {"digits-run", "moons-run", "moons-solver"}
+    assert {i for _, i in app.menu()} == {"digits-run", "moons-run", "moons-solver", "moons-short", "moons-jumps"}
     assert "damaged-run" in app.shelf() and "ema.safetensors" in app.shelf()
     assert app.preferred() == "digits-run" and app.preferred("moons-run") == "moons-run" and app.preferred("damaged-run") == "digits-run"
 

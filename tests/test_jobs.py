@@ -150,15 +150,15 @@ def papermill(lab, out, *params):
     return subprocess.Popen(command, env=lab, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("method,args", [("rf", ""), ("cud", "aim=8 heads=2")])
+@pytest.mark.parametrize("method,args", [("rf", ""), ("cud", "aim=8 heads=2"), ("boot", "teacher=digits-rf"), ("gdd", "width=8"), ("meanflow", "")])
 def test_papermill_makes_a_run(lab, tmp_path, method, args):
     process = papermill(lab, tmp_path / "out.ipynb", ("method", method), ("args", args), ("steps", 20), ("log_every", 5), ("name", "pm"))
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-2000:]
     run = Run.open(runs_path(lab) / "pm")
     assert run.step == 20 and run.config.method == method and len(run.metrics) == 4
-    first = run.solve(seed=1, index=4, steps=3).x
-    assert torch.equal(first, Run.open(runs_path(lab) / "pm").solve(seed=1, index=4, steps=3).x)
+    first = run.solve(seed=1, index=4).x
+    assert torch.equal(first, Run.open(runs_path(lab) / "pm").solve(seed=1, index=4).x)
     kept = json.loads((run.path / "train.ipynb").read_text())
     assert any("step     20/20" in "".join(o.get("text", [])) for c in kept["cells"] for o in c.get("outputs", []))
 
