@@ -142,7 +142,7 @@ def arithmetic(
 
 # %% ../nbs/05_fit.ipynb #00bfff00
 class Diverged(RuntimeError):
-    "Several steps in a row had a loss or gradient that is not finite."
+    "The training cannot go on: losses or gradients that are not finite, or a collapse that its method has noticed."
 
 # %% ../nbs/05_fit.ipynb #fa0e0a0e
 @dataclass(frozen=True)

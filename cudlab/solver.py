@@ -417,7 +417,7 @@ def rk45(
 
 # %% ../nbs/04_solver.ipynb #99108127
 def flow_map(f: Callable, x: Tensor, ts: Tensor, path: Path = linear, **unused) -> Iterator[tuple]:
-    "One jump a move: x_s = x_t + (s - t) f(x_t, t, s) (2405.12970, 2505.13447); Euler if f has one time."
+    "One jump a move: x_s = x_t + (s - t) f(x_t, t, s) (2410.12557, 2505.13447); Euler if f has one time."
     ts = ts.to(x)
     for t, s in zip(ts[:-1], ts[1:]):
         at, to = t.expand(len(x)), s.expand(len(x))
