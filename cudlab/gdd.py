@@ -172,7 +172,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.projections = nn.ModuleList(Projection([m.shape[1] for m in levels], width) for levels in pyramids)
         self.heads = nn.ModuleList(Head(c, m.shape[-1], classes) for p, levels in zip(self.projections, pyramids) for c, m in zip(p.outs, levels))
-        self.register_buffer("streak", torch.zeros((), dtype=torch.long)) # steps in a row in which it was never wrong
+        self.register_buffer("streaks", torch.zeros(2, dtype=torch.long)) # steps in a row in which it was never wrong, and in which all samples were alike
 
     def forward(self, pyramids: list, y: Tensor = None) -> list:
         "The logits of every head, each (B, n)."
@@ -215,7 +215,7 @@ class GDD(Student):
     gamma: float = spec(1e-4, "weight of R1", low=0)
     lazy: int = spec(16, "R1 every so many steps, with so many times the weight", low=1, high=10_000)
     disc_lr: float = spec(1.0, "the discriminator's learning rate as a factor on the generator's", above=0, high=100)
-    patience: int = spec(1000, "steps in a row with a discriminator that is never wrong, before it counts as a collapse", low=1)
+    patience: int = spec(500, "steps in a row with a discriminator that is never wrong, or with samples that are all alike, before it counts as a collapse", low=1)
 
     one_step = True
 
@@ -284,14 +284,16 @@ class GDD(Student):
             if regular:
                 slope, = torch.autograd.grad(sum(h.mean(1).sum() for h in on_real) / len(on_real), real, create_graph=True)
                 against = against + self.lazy * self.gamma / 2 * slope.square().flatten(1).sum(1).mean()
-        self.watch(on_fake, on_real, rng.step)
+        self.watch(on_fake, on_real, fake, x0, rng.step)
         return {"net": loss, "disc": against}
 
     @torch.no_grad()
-    def watch(self, on_fake: list, on_real: list, step: int) -> None:
-        "Count the steps without an error of the discriminator; `Diverged` when there were too many in a row."
+    def watch(self, on_fake: list, on_real: list, fake: Tensor, x0: Tensor, step: int) -> None:
+        "Count the steps in which one player had lost; `Diverged` when there were too many in a row."
         mean = lambda logits: torch.stack([h.mean(1) for h in logits]).mean(0)
-        streak = self.players["disc"].streak
-        streak.copy_(torch.where((mean(on_fake) < 0).all() & (mean(on_real) > 0).all(), streak + 1, 0))
-        if step % 50 == 49 and int(streak) >= self.patience:
-            raise Diverged(f"the discriminator was never wrong in {int(streak)} steps up to step {step + 1}: the generator has collapsed; lower disc_lr (now {self.disc_lr:g}) or raise gamma (now {self.gamma:g})")
+        lost = torch.stack([(mean(on_fake) < 0).all() & (mean(on_real) > 0).all(), fake.std(0).mean() < x0.std(0).mean() / 4])
+        streaks = self.players["disc"].streaks
+        streaks.copy_(torch.where(lost, streaks + 1, 0))
+        if step % 50 == 49 and int(streaks.max()) >= self.patience:
+            why = "the discriminator was never wrong" if streaks[0] >= self.patience else "all samples were alike"
+            raise Diverged(f"the generator has collapsed: {why} in {int(streaks.max())} steps up to step {step + 1}; lower lr, freeze more (now {self.freeze}), or raise gamma (now {self.gamma:g})")

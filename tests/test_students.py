@@ -38,6 +38,7 @@ TINY = dict(data="digits", steps=6, batch=8, save_every=100, log_every=1, warmup
 @pytest.fixture(autouse=True)
 def own_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
+    monkeypatch.setenv("CUDLAB_THREADS", "1")
 
 
 def config(method: str, **changes) -> Config:
@@ -205,7 +206,7 @@ def test_a_collapse_ends_with_code_4_and_the_last_good_state(capsys):
     words = "method=gdd name=lost data=digits steps=200 batch=4 lr=1e-6 warmup=1 save_every=30 args.disc_lr=100 args.patience=20 args.features=digits-v1 args.width=8".split()
     assert main(["train", *words]) == 4
     said = capsys.readouterr()
-    assert "collapsed" in said.err and "checkpoint of step" in said.err
+    assert "the generator has collapsed" in said.err and "checkpoint of step" in said.err
     run = Run.open("lost")
     assert run.step % 30 == 0 and run.step >= 30 and run.verify() == 5
     assert json.loads((run.path / "status.json").read_text())["status"] == "diverged"
