@@ -114,7 +114,7 @@ class Consistency(Student):
 
     @property
     def supervision(self) -> str:
-        return "data, teacher" if self.teacher else "data"
+        return "data, teacher" if self.kind == "distill" else "data, the teacher's first weights" if self.teacher else "data"
 
     def check(self, config: Config) -> None:
         if self.kind == "distill" or self.teacher:

@@ -82,6 +82,10 @@ class MeanFlow(Objective):
         "First weights: the teacher's where one is named."
         return "teacher" if self.teacher else "random"
 
+    @property
+    def supervision(self) -> str:
+        return "data, the teacher's first weights" if self.teacher else "data"
+
     def needs(self) -> dict:
         return {"times": 2}
 

@@ -514,7 +514,7 @@ def sweep(
 class Evaluation(Args):
     "The parameters of the evaluation job."
     run: str = spec("", "name or folder of a run; empty = the first that ships with the lab")
-    solvers: str = spec("euler ab2", "names in SOLVERS, or runs of method dode")
+    solvers: str = spec("", "names in SOLVERS, or runs of method dode; empty = euler, ab2 and what the run is made for")
     nfes: str = spec("1 2 3 4 6 8", "budgets in network calls per sample")
     seeds: str = spec("0", "noise seeds")
     n: int = spec(2000, "samples per score", low=16, high=1_000_000)
@@ -538,14 +538,14 @@ class Evaluation(Args):
         name = self.run or next((r.name for r in runs() if r.shipped and not r.damaged), "")
         return Run.open(name) if name else None
 
-    def mine(self, scores: list) -> list:
-        "Those scores that this job would measure, whether it did or found them."
-        wanted = self.points()
-        return [s for s in scores if (not self.extractor or s.get("extractor") == self.extractor) and any(what.matches(s) for what in wanted)]
+    def mine(self, run: Run) -> list:
+        "Those scores of a run that this job would measure, whether it did or found them."
+        wanted = self.points(run)
+        return [s for s in run.scores if (not self.extractor or s.get("extractor") == self.extractor) and any(what.matches(s) for what in wanted)]
 
-    def points(self) -> list:
-        "What is to be measured, one `Sampling` a point."
-        names = tuple(self.solvers.replace(",", " ").split())
+    def points(self, run: Run = None) -> list:
+        "What is to be measured (on a run), one `Sampling` a point."
+        names = tuple(self.solvers.replace(",", " ").split()) or tuple(dict.fromkeys(("euler", "ab2", *([run.own["solver"]] if run else []))))
         same = {k: getattr(self, k) for k in ("n", "weights", "head", "grid", "lower_order_final", "denoise", "guidance")}
         found = [make(Sampling, same | dict(seed=seed, solver=solver, steps=steps)) for seed in self.whole("seeds", 0)
                  for solver, steps in plan(names, self.whole("nfes", 1), self.denoise)]
@@ -569,13 +569,13 @@ def evaluate(
     job: Evaluation,
 ) -> Iterator[str]:
     "Measure what the run does not have yet, write it to its scores.jsonl, and yield a line for each point."
-    points, extractor = job.points(), features(job.extractor or default_features(run.config.data, run.shape[0]))
+    wanted, extractor = job.points(run), features(job.extractor or default_features(run.config.data, run.shape[0]))
+    points = [what for what in wanted if not what.refused(run)]
     yield f"run {run.name}: step {run.step}, {len(points)} points of {job.n} samples, {extractor.name} ({extractor.hash})"
+    if len(points) < len(wanted):
+        yield f"{len(wanted) - len(points)} points left out: {next(why for what in wanted if (why := what.refused(run)))}"
     for k, what in enumerate(points, 1):
         where = f"{k:>3}/{len(points)}  seed {what.seed}  {what.solver:9}{what.steps:>4} steps"
-        if why := what.refused(run):
-            yield f"{where}  left out: {why}"
-            continue
         if stored(run, extractor, what):
             yield f"{where}  measured before"
             continue
@@ -598,5 +598,7 @@ def summary(
     usual, groups = {f.name: f.default for f in fields(Sampling)}, {}
     how = ("solver", "grid", "head", "lower_order_final", "denoise")
     for score in scores:
+        if score.get(key) is None:
+            continue # a one-step student has no straightness
         groups.setdefault((*(score.get(k, usual[k]) for k in how), score["nfe"]), {})[score["seed"]] = score[key]
     return [dict(zip((*how, "nfe", "seeds", "mean", "low", "high"), (*row, len(groups[row]), *interval(groups[row].values())))) for row in sorted(groups)]

@@ -77,7 +77,8 @@ class Reflow(Student):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        pick("solver", self.solver, SOLVERS)
+        if not pick("solver", self.solver, SOLVERS).order:
+            raise ValueError(f"solver = {self.solver!r} draws fresh noise, so a noise has no end point of its own; use one that follows the flow, for example heun")
 
     def sampling(self) -> dict:
         return {"solver": "euler", "steps": 4, "grid": "uniform"}
@@ -119,7 +120,7 @@ class Distill(Reflow):
     def wanted(self) -> tuple:
         words = self.targets.replace(",", " ").split()
         if not words or not all(w.isdigit() and int(w) <= self.moves for w in words):
-            raise ValueError(f"targets = {self.targets!r} is not a row of whole numbers from 0 to moves = {self.moves}, for example '8 11 14'")
+            raise ValueError(f"targets = {self.targets!r} is not a row of whole numbers from 0 to moves = {self.moves}, for example '{self.moves // 2} {self.moves}'")
         return tuple(map(int, words))
 
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:

@@ -120,10 +120,14 @@ def teacher_of(
         mine, theirs = getattr(config, key), getattr(teacher.config, key)
         if mine != theirs:
             raise ValueError(f"teacher = {teacher.name!r} was trained with {key} = {theirs!r}, not {mine!r}; use {key}={theirs} or another teacher")
+    if getattr(method, "guidance", 1.0) != 1 and not config.classes:
+        raise ValueError(f"guidance = {method.guidance:g} means nothing without labels; use classes=true with a teacher that was trained with them")
     if getattr(method, "head", 1) > teacher.heads:
         raise ValueError(f"head = {method.head} is not there: the teacher {teacher.name!r} has {teacher.heads}")
-    if not teacher.method.flows and method.product == "net":
+    if not teacher.method.flows:
         raise ValueError(f"teacher = {teacher.name!r} is a {teacher.config.method} run, whose network is not the velocity of a flow; name a run that has a flow to learn from")
+    if (name := getattr(method, "solver", "")) and isinstance(name, str) and (why := teacher.refuses(solver=name)):
+        raise ValueError(why)
     return teacher
 
 # %% ../nbs/20_run.ipynb #95c4dc0a
@@ -137,7 +141,7 @@ def inherit(
         alike = key in given and key in want and given[key].shape == want[key].shape
         if not alike and not key.startswith("condition.second."):
             raise ValueError(f"start = 'teacher' needs the teacher's network, and {key} of {teacher.name!r} (net = {teacher.config.net!r}, {teacher.heads} heads) "
-                             f"does not fit; use its net= or start=random")
+                             f"does not fit; use the net= it was trained with, or no first weights (start=random, or teacher= empty where a method can do without)")
     net.load_state_dict(given, strict=False)
 
 
@@ -458,10 +462,10 @@ class Run:
     @property
     def fixed(self) -> dict:
         "What cannot be chosen when this run is sampled: everything for a one-step student, nothing for others."
-        return self.method.sampling() | {"denoise": True} if self.method.one_step else {}
+        return self.method.sampling() | {"denoise": True, "guidance": 1.0} if self.method.one_step else {}
 
     def refuses(self, **choices) -> str:
-        "Why the run cannot be sampled like this (solver, steps, grid, denoise; None = its own), or ''."
+        "Why the run cannot be sampled like this (solver, steps, grid, denoise, guidance; None = its own), or ''."
         for key, value in self.fixed.items():
             if choices.get(key) not in (None, value):
                 return (f"{key} = {str(choices[key])[:40]!r} is not possible with run {self.name!r}: a student of method {self.config.method} knows only the way from noise to data "
@@ -518,7 +522,7 @@ class Run:
         "Walk from noise to samples, yielding every state; wrong choices raise before the first one."
         solver = self.own["solver"] if solver is None else solver
         entry = find_solver(solver)
-        if why := self.refuses(solver=solver, steps=steps, grid=grid, denoise=denoise):
+        if why := self.refuses(solver=solver, steps=steps, grid=grid, denoise=denoise, guidance=guidance):
             raise ValueError(why)
         own = self.own | ({"steps": len(entry.ts) - 1, "grid": entry.grid} if entry.ts else {})
         steps, grid, head, guidance = (own[k] if v is None else v for k, v in (("steps", steps), ("grid", grid), ("head", head), ("guidance", guidance)))
@@ -825,6 +829,8 @@ def slim(
 ) -> Run:
     "A copy without the training state, fit to be shipped: it samples and verifies but cannot be continued."
     target = Path(target)
+    if run.step < run.length:
+        raise ValueError(f"run {run.name!r} is at step {run.step} of {run.length}; without its training state it could never be finished")
     if target.exists():
         raise ValueError(f"folder {str(target)!r} exists; name a new one")
     target.mkdir(parents=True)
@@ -874,7 +880,7 @@ def main(
                     print(line, flush=True)
             case ["list"]:
                 for r in runs():
-                    print(f"{r.name:32} {r.method:6} {r.data:14} step {r.step:>7}/{r.steps:<7} {'damaged: ' + r.damaged if r.damaged else 'shipped' if r.shipped else r.created}")
+                    print(f"{r.name:32} {r.method:11} {r.data:14} step {r.step:>7}/{r.steps:<7} {'damaged: ' + r.damaged if r.damaged else 'shipped' if r.shipped else r.created}")
             case ["verify", name]:
                 print(f"{name}: {Run.open(name).verify()} files as saved")
             case ["slim", name, folder]:

@@ -34,7 +34,7 @@ def draw_jumps(
 class Shortcut(Objective):
     "Shortcut model: velocities from data, jumps from self-consistency."
     teacher: str = spec("", "finished run whose weights it starts from; empty = from scratch")
-    share: float = spec(0.25, "share of the batch that learns jumps", low=0, high=1)
+    share: float = spec(0.25, "share of the batch that learns jumps; the rest learns the velocity they are made of", low=0, high=0.9)
     finest: int = spec(128, "steps of the finest sampler, a power of two; its jumps are taken with the velocity", low=2, high=4096)
     cap: float = spec(4.0, "targets of jumps are cut to [-cap, cap]; 0 = not cut", low=0)
     target: str = spec("live", "weights of the target: live, or their average", choices=("live", "ema"))
@@ -45,6 +45,10 @@ class Shortcut(Objective):
     def start(self) -> str:
         "First weights: the teacher's where one is named."
         return "teacher" if self.teacher else "random"
+
+    @property
+    def supervision(self) -> str:
+        return "data, the teacher's first weights" if self.teacher else "data"
 
     def needs(self) -> dict:
         return {"times": 2}

@@ -127,7 +127,7 @@ def test_the_streams_of_a_step_do_not_collide():
     assert len(set(torch.cat(words).tolist())) > 0.99 * 64 * 4 * 7
 
 
-@pytest.mark.parametrize("study", ["aim", "solvers"])
+@pytest.mark.parametrize("study", ["aim", "solvers", "compare"])
 def test_scores_in_the_readme_come_from_the_study(study):
     root = Path(__file__).parents[1]
     table = (root / f"docs/{study}.md").read_text().strip()

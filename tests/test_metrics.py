@@ -426,8 +426,8 @@ def test_the_job_writes_each_score_once(moons):
     lines = list(evaluate(job.target(), job))
     assert len(lines) == 7 and len(moons.scores) == 6
     assert all("measured before" in line for line in list(evaluate(job.target(), job))[1:]) and len(moons.scores) == 6
-    assert len(job.mine(moons.scores)) == 6 and not evaluation(dict(n=101)).mine(moons.scores)
-    rows = summary(job.mine(moons.scores))
+    assert len(job.mine(moons)) == 6 and not evaluation(dict(n=101)).mine(moons)
+    rows = summary(job.mine(moons))
     assert [(r["solver"], r["nfe"], r["seeds"]) for r in rows] == [("euler", 2, 2), ("euler", 3, 2), ("heun", 2, 2)]
     assert all(r["low"] < r["mean"] < r["high"] for r in rows)
     mixed = moons.scores[:1] + [moons.scores[1] | {"n": 7}]

@@ -22,6 +22,7 @@ from cudlab.metrics import evaluate
 from cudlab.metrics import evaluation
 from cudlab.metrics import measure
 from cudlab.metrics import reference_of
+from cudlab.metrics import summary
 from cudlab.run import METHODS
 from cudlab.run import Run
 from cudlab.run import build
@@ -124,6 +125,7 @@ def test_labels_reach_a_student_without_data():
     torch.manual_seed(0)
     teacher = "digits-cud-aim8-classes"
     for method in ("boot", "reflow"):
+        assert "without labels" in complaint(build, config(method, args=STUDENTS[method] | {"guidance": 1.5}), "cpu")
         run = trained(method, method, classes=True, args=STUDENTS[method] | {"teacher": teacher, "guidance": 1.5})
         objective, data = build(run.config, "cpu")
         y = data.batch(0, 0, 64)[1]
@@ -135,11 +137,11 @@ def test_labels_reach_a_student_without_data():
 def test_a_one_step_student_takes_one_step(method):
     run = trained(method)
     assert run.own["steps"] == 1 and run.solve(index=3).nfe == 1
-    for choice in (dict(steps=2), dict(solver="ab2"), dict(grid="edm"), dict(denoise=False)):
+    for choice in (dict(steps=2), dict(solver="ab2"), dict(grid="edm"), dict(denoise=False), dict(guidance=3.0)):
         said = complaint(run.walk, **choice)
         assert next(iter(choice)) in said and "one call" in said, said
     lines = list(evaluate(run, evaluation(dict(run="student", nfes="1 2", solvers="euler", n=80))))
-    assert "left out" in lines[2] and [s["nfe"] for s in run.scores] == [1]
+    assert "left out" in lines[1] and [s["nfe"] for s in run.scores] == [1]
     assert run.scores[0]["straightness"] is None and run.scores[0]["reference"] == "digits-rf" and run.scores[0]["endpoint"] > 0
 
 
@@ -153,6 +155,31 @@ def test_a_student_of_a_student_is_held_against_the_first_flow():
     assert Run.open("short").root is None
     score = measure(Run.open("short"), n=80, steps=1)
     assert score["endpoint"] is None and score["reference"] is None and score["fd"] > 0
+    assert not summary([score], "endpoint") and not summary([score], "straightness") and summary([score])[0]["nfe"] == 1
+
+
+def test_a_run_is_evaluated_with_what_it_is_made_for():
+    run = trained("shortcut")
+    job = evaluation(dict(run="student", nfes="1 2", n=80))
+    list(evaluate(run, job))
+    assert {s["solver"] for s in run.scores} == {"euler", "ab2", "flow-map"} and len(job.mine(run)) == 6
+
+
+@pytest.mark.parametrize("method, solver, word", [("reflow", "renoise", "fresh noise"), ("distill", "flow-map", "one time only"), ("reflow", "heunn", "did you mean 'heun'")])
+def test_pairs_need_a_solver_that_follows_the_flow(method, solver, word):
+    assert word in complaint(build, config(method, args=STUDENTS[method] | {"solver": solver}), "cpu")
+
+
+def test_nobody_learns_a_solver_for_a_network_without_a_flow():
+    trained("distill", "one")
+    assert "not the velocity of a flow" in complaint(build, Config(method="dode", data="digits", args={"teacher": "one"}), "cpu")
+
+
+def test_an_unfinished_run_is_not_slimmed(tmp_path):
+    run = create(config("boot"), "half")
+    with pytest.raises(cudlab.run.Stopped):
+        list(train(run, until=2, device="cpu"))
+    assert "step 2 of 6" in complaint(cudlab.run.slim, Run.open("half"), tmp_path / "slim")
 
 
 def test_another_teacher_under_the_same_name_is_not_taken():
