@@ -28,9 +28,12 @@ from cudlab.solver import SOLVERS
 from cudlab.solver import solve
 
 SHIPPED = sorted(p.parent for p in (Path(__file__).parents[1] / "checkpoints").glob("*/config.json"))
+POSSIBLE = [(p, solver) for p in SHIPPED for solver in SOLVERS if not Run(p).refuses(solver=solver)]
 
 
 def test_every_kind_of_run_ships():
+    methods = {Run(p).config.method for p in SHIPPED}
+    assert methods == set(METHODS)
     kinds = {(r.config.method, r.heads, r.config.classes, len(r.shape)) for r in map(Run, SHIPPED)}
     assert kinds >= {("rf", 1, False, 3), ("cud", 1, False, 3), ("cud", 2, False, 3), ("cud", 3, False, 3), ("cud", 1, True, 3), ("cud", 1, False, 1)}
 
@@ -39,15 +42,14 @@ def test_every_kind_of_run_ships():
 def test_shipped_runs_are_whole_small_and_measured(folder):
     run = Run(folder)
     assert run.verify() == 4 and run.step == run.length and run.scores and run.metrics
-    assert sum(p.stat().st_size for p in folder.iterdir()) < 5_000_000
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 8_000_000 # progressive distillation keeps its last teacher
     assert run.name in (folder.parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize("folder", SHIPPED, ids=[p.name for p in SHIPPED])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("folder, solver", POSSIBLE, ids=[f"{p.name}-{solver}" for p, solver in POSSIBLE])
 def test_a_sample_does_not_depend_on_its_company(folder, solver):
     run = Run(folder)
-    steps = 2 if SOLVERS[solver].calls else 1
+    steps = run.fixed.get("steps", 2) if SOLVERS[solver].calls else 1
     y = torch.arange(16) % 10 if run.config.classes else None
     company = run.solve(seed=3, index=16, steps=steps, solver=solver, y=y)
     alone = run.solve(seed=3, index=torch.tensor([5]), steps=steps, solver=solver, y=None if y is None else y[5:6])
