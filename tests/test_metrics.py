@@ -437,7 +437,7 @@ def test_the_job_writes_each_score_once(moons):
 
 @pytest.mark.parametrize("bad, says", [
     (dict(nfe=8), "did you mean 'nfes'"), (dict(nfes="1 two"), "nfes"), (dict(nfes=0), "nfes"), (dict(nfes=""), "nfes"), (dict(seeds="-1"), "seeds"),
-    (dict(solvers="eulr"), "did you mean 'euler'"), (dict(solvers=""), "no solver"), (dict(solvers="heun", nfes=1), "whole number of steps"), (dict(n=1), "n = 1"),
+    (dict(solvers="eulr"), "did you mean 'euler'"), (dict(solvers="heun", nfes="3"), "no solver"), (dict(solvers="heun", nfes=1), "whole number of steps"), (dict(n=1), "n = 1"),
     (dict(n="many"), "n = 'many'"), (dict(weights="best"), "weights"), (dict(seeds=True), "seeds"), (dict(run=3), "run"),
 ])
 def test_the_job_refuses_wrong_parameters(bad, says):
