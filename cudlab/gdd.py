@@ -255,7 +255,6 @@ class GDD(Student):
         if not isinstance(net, UNet):
             raise ValueError("method gdd needs images: its discriminator looks at feature maps, and a set of points has none")
         self.eyes = nn.ModuleList(BACKBONES[name](net) for name in self.names()).eval().requires_grad_(False)
-        self.net = net
         super().bind(net, path, steps, flow)
         self.frozen = {"features": self.eyes}
         freeze(net, self.freeze)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['along', 'draw_ends', 'MeanFlow']
 
-# %% ../nbs/19_meanflow.ipynb #b44bbe62
+# %% ../nbs/19_meanflow.ipynb #94fff2eb
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch.nn.attention import sdpa_kernel
 from .core import Config
 from .core import Rng
 from .core import spec
-from .fit import Objective
+from .fit import FlowMap
 from .path import expand
 
 # %% ../nbs/19_meanflow.ipynb #b2b9e4ad
@@ -63,9 +63,8 @@ def draw_ends(
 
 # %% ../nbs/19_meanflow.ipynb #2567900e
 @dataclass
-class MeanFlow(Objective):
+class MeanFlow(FlowMap):
     "Mean flow: the average velocity of a jump by its differential identity."
-    teacher: str = spec("", "finished run whose weights it starts from; empty = from scratch")
     share: float = spec(0.75, "share of the batch that jumps (r < t); the rest learns the velocity", low=0, high=1)
     power: float = spec(0.75, "power p of the weight (mean square + c)^-p of a sample; 0 = plain regression", low=0, high=2)
     floor: float = spec(1e-3, "c in the weight", above=0)
@@ -77,24 +76,9 @@ class MeanFlow(Objective):
     std_r: float = spec(1.6, "logit-normal times: standard deviation of the second draw", above=0)
     t_min: float = spec(1e-5, "smallest time", above=0, high=0.1)
 
-    @property
-    def start(self) -> str:
-        "First weights: the teacher's where one is named."
-        return "teacher" if self.teacher else "random"
-
-    @property
-    def supervision(self) -> str:
-        return "data, the teacher's first weights" if self.teacher else "data"
-
-    def needs(self) -> dict:
-        return {"times": 2}
-
     def check(self, config: Config) -> None:
         if config.compile and not self.h:
             raise ValueError("compile = True does not go with forward-mode differentiation in method meanflow; use compile=false, or the difference quotient: h=0.02")
-
-    def sampling(self) -> dict:
-        return {"solver": "flow-map", "steps": 4, "grid": "uniform"}
 
     def targets(
         self,

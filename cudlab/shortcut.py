@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_jumps', 'Shortcut']
 
-# %% ../nbs/18_shortcut.ipynb #5c23067b
+# %% ../nbs/18_shortcut.ipynb #afb5eabb
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .core import Config
 from .core import Rng
 from .core import spec
-from .fit import Objective
+from .fit import FlowMap
 from .path import expand
 from .rf import draw_times
 
@@ -31,9 +31,8 @@ def draw_jumps(
 
 # %% ../nbs/18_shortcut.ipynb #ed1d6f37
 @dataclass
-class Shortcut(Objective):
+class Shortcut(FlowMap):
     "Shortcut model: velocities from data, jumps from self-consistency."
-    teacher: str = spec("", "finished run whose weights it starts from; empty = from scratch")
     share: float = spec(0.25, "share of the batch that learns jumps; the rest learns the velocity they are made of", low=0, high=0.9)
     finest: int = spec(128, "steps of the finest sampler, a power of two; its jumps are taken with the velocity", low=2, high=4096)
     cap: float = spec(4.0, "targets of jumps are cut to [-cap, cap]; 0 = not cut", low=0)
@@ -41,24 +40,9 @@ class Shortcut(Objective):
     times: str = spec("uniform", "distribution of the velocity's times", choices=("uniform", "logitnormal"))
     t_min: float = spec(1e-5, "smallest time of the velocity", above=0, high=0.1)
 
-    @property
-    def start(self) -> str:
-        "First weights: the teacher's where one is named."
-        return "teacher" if self.teacher else "random"
-
-    @property
-    def supervision(self) -> str:
-        return "data, the teacher's first weights" if self.teacher else "data"
-
-    def needs(self) -> dict:
-        return {"times": 2}
-
     def check(self, config: Config) -> None:
         if self.finest & (self.finest - 1):
             raise ValueError(f"finest = {self.finest} is not a power of two, which jumps that double need: 2, 4, ..., 128, ..., 4096")
-
-    def sampling(self) -> dict:
-        return {"solver": "flow-map", "steps": 4, "grid": "uniform"}
 
     @torch.no_grad()
     def targets(
