@@ -8,10 +8,12 @@ __all__ = ['INK', 'FAINT', 'COLOURS', 'DASHES', 'MARKS', 'FRAMES', 'USUAL', 'TIM
            'density', 'motion', 'paths', 'line_name', 'unlike', 'spread', 'front', 'folding', 'tradeoff', 'quality',
            'losses', 'training']
 
-# %% ../nbs/23_plot.ipynb #b3bbfd6b
+# %% ../nbs/23_plot.ipynb #18e785a8
+import base64
 import io
 import math
 import re
+import textwrap
 
 import numpy as np
 import plotly.graph_objects as go
@@ -117,7 +119,7 @@ def band(
     "Two traces: the band that holds half of the samples at each move, and the line of their medians; a bar where there is one move."
     low, mid, high = torch.nanquantile(values, values.new_tensor([0.25, 0.5, 0.75]), dim=1).numpy()
     moves = np.arange(1, len(mid) + 1)
-    bar = dict(type="data", symmetric=False, array=high - mid, arrayminus=mid - low, thickness=1.5, width=5) if len(mid) == 1 else None
+    bar = dict(type="data", symmetric=False, array=high - mid, arrayminus=mid - low, thickness=1.5, width=6) if len(mid) == 1 else None
     return [
         go.Scatter(x=np.concatenate([moves, moves[::-1]]), y=np.concatenate([low, high[::-1]]), mode="lines", fill="toself", fillcolor=colour, opacity=0.2,
                    line_width=0, hoverinfo="skip", showlegend=False),
@@ -168,39 +170,37 @@ def moves(
     ts = ts.detach().float().cpu().numpy()
     count, rows = len(ts) - 1, max(1, -(-len(panels) // columns))
     words = [re.fullmatch(r"(.*?)(?:\s*\(([^()]*)\))?", title).groups(default="") for title in panels]
-    height = height or 180 * rows + 50
-    fig = make_subplots(rows=rows, cols=columns, vertical_spacing=min(0.9 / rows, 58 / (height - 66)), horizontal_spacing=min(0.9 / columns, 0.14))
-    frame(fig, height).update_layout(margin_t=40)
+    heads = [[f"<b>{part}</b>" for part in textwrap.wrap(name, 18)] + textwrap.wrap(unit, 24) for name, unit in words]
+    above, most = 16 * max(map(len, heads), default=0) + 6, max((len(v) for v in panels.values() if v.ndim == 3), default=0)
+    height = height or (120 + above) * rows + 34 * (rows + 1) + 26 * bool(most)
+    inside = height - above - 40 - 26 * bool(most)
+    fig = make_subplots(rows=rows, cols=columns, vertical_spacing=min(0.9 / rows, (above + 34) / max(inside, 1)), horizontal_spacing=min(0.9 / columns, 0.14))
+    frame(fig, height).update_layout(margin_t=above + 26 * bool(most), legend=dict(yref="container", y=1, yanchor="top"))
     for j, (title, values) in enumerate(panels.items()):
         place = dict(row=j // columns + 1, col=j % columns + 1)
-        values, (name, unit) = values.detach().float().cpu(), words[j]
-        heads = values[None] if values.ndim == 2 else values
-        if heads.ndim != 3 or heads.shape[1] not in (count, count - 1) or not heads.shape[2]:
+        values, name = values.detach().float().cpu(), words[j][0]
+        lines = values[None] if values.ndim == 2 else values
+        if lines.ndim != 3 or lines.shape[1] not in (count, count - 1) or not lines.shape[2]:
             raise ValueError(f"the panel {title!r} has the shape {tuple(values.shape)}; {count} moves need ({count}, samples), ({max(count - 1, 0)}, samples) or (heads, {count}, samples)")
-        middle = heads.nanmedian(dim=2).values
-        middle = middle[middle.isfinite()]
-        low, high = (float(middle.min()), float(middle.max())) if len(middle) else (0.0, 0.0)
-        fig.update_yaxes(title_text=unit, **place)
+        middle = lines.nanmedian(dim=2).values
+        low, high = (float(f(middle[middle.isfinite()])) for f in (torch.min, torch.max)) if middle.isfinite().any() else (0.0, 0.0)
         if "error" in name and 0 < 3 * low <= high:
             decades(fig, low, high, **place)
-            heads = heads.clamp(min=low / 10) # a log axis has no zero
-        elif 0 <= low < high / 2:
+            lines = lines.clamp(min=low / 10) # a log axis has no zero
+        elif 0 <= low < high / 2 or len(middle[0]) == 1:
             fig.update_yaxes(rangemode="tozero", **place)
         elif high - low < 1e-3 * abs(high):
             fig.update_yaxes(range=[low - 0.05 * abs(high), high + 0.05 * abs(high)], **place)
-        for k, head in enumerate(heads):
-            style, label = (j, name) if values.ndim == 2 else (k, f"head {k + 1}")
-            if len(head):
+        for k, line in enumerate(lines):
+            style, label = (j + most, name) if values.ndim == 2 else (k, f"head {k + 1}")
+            if len(line):
                 more = dict(legendgroup=label, showlegend=values.ndim == 3 and not any(t.legendgroup == label for t in fig.data))
-                fig.add_traces(band(head, ts, label, COLOURS[style % 6], DASHES[style % 6], MARKS[style % 6], **more), place["row"], place["col"])
-        box, = fig.select_xaxes(**place)
-        side, = fig.select_yaxes(**place)
-        fig.add_annotation(text=f"<b>{name}</b>", x=box.domain[0], y=side.domain[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False)
-        if not heads.shape[1]:
+                fig.add_traces(band(line, ts, label, COLOURS[style % 6], DASHES[style % 6], MARKS[style % 6], **more), place["row"], place["col"])
+        (box,), (side,) = fig.select_xaxes(**place), fig.select_yaxes(**place)
+        fig.add_annotation(text="<br>".join(heads[j]), x=box.domain[0], y=side.domain[1], xref="paper", yref="paper", xanchor="left", yanchor="bottom", align="left", showarrow=False)
+        if not len(middle[0]):
             fig.add_annotation(text="needs two moves", x=sum(box.domain) / 2, y=sum(side.domain) / 2, xref="paper", yref="paper", showarrow=False)
-        box.update(title_text="move" if j + columns >= len(panels) else "", range=[0.5, max(count, 1) + 0.5], tick0=1, dtick=max(1, -(-count // 8)), matches="x" if j else None)
-        if values.ndim == 3:
-            fig.update_layout(margin_t=62, legend=dict(yref="container", y=1, yanchor="top"))
+        box.update(title_text="move" if j + columns >= len(panels) else "", range=[0.5, max(count, 1) + 0.5], tick0=1, dtick=max(1, -(-count // 5)), tickangle=0, matches="x" if j else None)
         if mark is not None:
             fig.add_shape(type="line", x0=mark, x1=mark, y0=0, y1=1, xref=side.anchor, yref=f"{box.anchor} domain", line=dict(color=INK, width=1, dash="dot"))
     return fig
@@ -275,14 +275,14 @@ def arrows(
 def density(
     points: torch.Tensor, # points of the plane, (M, 2)
     reach: float, # half the width of the square that is covered
-    side: int = 56, # grid points along each side
-) -> tuple:
-    "A smoothed density of the points on a grid, greatest value 1: (places (side,), values (side, side), rows are y)."
+    side: int = 96, # grid points along each side
+) -> np.ndarray:
+    "A smoothed density of the points on a grid, greatest value 1: (side, side), rows are y from low to high."
     points, places = points.detach().float().cpu(), torch.linspace(-reach, reach, side)
     width = 0.4 * float(points.std()) * len(points) ** (-1 / 6) # a narrower kernel than a normal density would ask for: the sets have gaps
     kernel = torch.exp(-0.5 * ((places[:, None, None] - points) / max(width, reach / side)) ** 2)
     values = kernel[..., 1] @ kernel[..., 0].T
-    return places.numpy(), (values / values.max()).numpy()
+    return (values / values.max()).numpy()
 
 # %% ../nbs/23_plot.ipynb #b6c9ccf1
 def motion(
@@ -305,22 +305,24 @@ def motion(
     reach, first = reach or extent(states.reshape(-1, 2)), range(len(times))[first]
     fig, moving = go.Figure(), []
     if data is not None:
-        places, values = density(data, reach)
-        fig.add_trace(go.Contour(x=places, y=places, z=values, name="data", showscale=False, hoverinfo="skip", contours=dict(start=0.1, end=0.9, size=0.2), line_width=0,
-                                 colorscale=[[0, "rgba(128, 134, 142, 0)"], [1, "rgba(128, 134, 142, 0.5)"]], showlegend=True))
+        grey = np.round(130 * density(data, reach)[::-1]).astype(np.uint8)
+        heat = encoded(Image.fromarray(np.stack([np.full_like(grey, 128), grey], -1), "LA"))
+        side = reach * len(grey) / (len(grey) - 1) # the outer grid points are the centres of the outer pixels
+        fig.add_layout_image(source=f"data:image/png;base64,{base64.b64encode(heat).decode()}", x=-side, y=side, sizex=2 * side, sizey=2 * side, xref="x", yref="y", sizing="stretch", layer="below")
+        fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name="data", marker=dict(symbol="square", size=12, color="rgba(128, 134, 142, 0.5)")))
     if field is not None:
         grid, by = at.detach().float().cpu().numpy(), field.detach().float().cpu().numpy()
         size, room = np.hypot(by[..., :1], by[..., 1:]), 0.9 * float(np.ptp(grid, 0).max()) / max(1, len(grid) ** 0.5 - 1)
         usual = float(np.nanmedian(np.nanquantile(size, 0.9, 1))) or 1.0
         lines = arrows(grid, by * room / np.maximum(size, usual))
-        moving.append((lines, dict(mode="lines", name="velocity", line=dict(color=COLOURS[2], width=1), opacity=0.7, hoverinfo="skip")))
-    moving.append((states, dict(mode="markers", name="sample", marker=dict(size=6, color=COLOURS[0], line=dict(width=0.5, color="white")),
+        moving.append((lines, dict(mode="lines", name="velocity", line=dict(color=COLOURS[2], width=1.2), opacity=0.85, hoverinfo="skip")))
+    moving.append((states, dict(mode="markers", name="sample", marker=dict(size=6, color=COLOURS[0]),
                                 hovertemplate="sample %{pointNumber} (%{x:.3f}, %{y:.3f})<extra></extra>")))
     names, start = [str(i) for i in range(len(times))], len(fig.data)
     fig.add_traces([go.Scatter(x=points[first, :, 0], y=points[first, :, 1], **style) for points, style in moving])
     fig.frames = [go.Frame(name=name, traces=list(range(start, len(fig.data))), data=[go.Scatter(x=points[i, :, 0], y=points[i, :, 1]) for points, _ in moving])
                   for i, name in enumerate(names)]
-    frame(fig, height)
+    frame(fig, height).update_layout(legend=dict(x=0.5, xanchor="center"))
     fig.update_xaxes(range=[-reach, reach], constrain="domain")
     fig.update_yaxes(range=[-reach, reach], scaleanchor="x", constrain="domain")
     go_on = dict(frame=dict(duration=320, redraw=False), transition=dict(duration=280, easing="linear"), fromcurrent=True, mode="immediate")
@@ -369,13 +371,12 @@ def paths(
         fig.add_trace(draw(**place(rows.detach().float().cpu().numpy()), mode="markers", name=name, marker=dict(color=colour, symbol=symbol, size=7 if dims == 2 else 4),
                            hovertemplate=f"{name} of sample %{{pointNumber}}<extra></extra>"))
     titles = [f"PC {k + 1}" + ("" if share is None else f", {100 * float(share[k]):.3g} %") for k in range(dims)]
-    frame(fig, height)
+    frame(fig, height).update_layout(legend=dict(x=0.5, xanchor="center"))
     if dims == 3:
         look = dict(color=INK, gridcolor=INK, gridwidth=0.5, zerolinecolor=INK, showbackground=False, nticks=5)
-        return fig.update_layout(margin=dict(l=0, r=0, b=0), scene=dict(aspectmode="data", camera_eye=dict(x=1.55, y=1.55, z=0.9), **{f"{d}axis": dict(look, title_text=title) for d, title in zip("xyz", titles)}))
-    fig.update_layout(legend=dict(x=0.5, xanchor="center"))
-    fig.update_xaxes(title_text=titles[0])
-    return fig.update_yaxes(title_text=titles[1], scaleanchor="x")
+        return fig.update_layout(margin=dict(l=0, r=0, b=0), scene=dict(aspectmode="data", camera=dict(eye=dict(x=2.05, y=1.95, z=0.9), center=dict(x=0.05, y=-0.05, z=-0.12)), **{f"{d}axis": dict(look, title_text=title) for d, title in zip("xyz", titles)}))
+    fig.update_xaxes(title_text=titles[0], constrain="domain")
+    return fig.update_yaxes(title_text=titles[1], scaleanchor="x", constrain="domain")
 
 # %% ../nbs/23_plot.ipynb #db44dfd6
 USUAL = dict(grid="uniform", head=1, lower_order_final="auto", denoise=True)
@@ -468,7 +469,7 @@ def tradeoff(
     lines, groups, fig = {}, {}, go.Figure()
     for score in scores:
         groups.setdefault((line_name(score), score["nfe"]), []).append(score)
-    for (name, nfe), group in sorted(groups.items(), key=lambda item: item[0][1]):
+    for (name, _), group in sorted(groups.items(), key=lambda item: item[0][1]):
         told = {key: v for key, v in group[-1].items() if key not in ("run", "seed", "torch", "note") and isinstance(v, (str, int, float)) and v != ""}
         hover = f"<b>{name}</b><br>" + "<br>".join(f"{key} {v:.5g}" if isinstance(v, float) else f"{key} {v}" for key, v in told.items())
         lines.setdefault(name, []).append((float(np.mean([s[axis] for s in group])), *spread(group, value), f"{hover}<br>seeds {', '.join(str(s.get('seed')) for s in group)}"))
@@ -492,12 +493,14 @@ def tradeoff(
     where = [str(scores[0][key]) if key == "machine" else f"batch {scores[0][key]}" for key in ("machine", "batch") if axis == "ms" and scores and scores[0].get(key)]
     missing = len(given) - len(scores)
     words = f"{missing} of {len(given)} scores have no {value if sum(not known(s.get(value)) for s in given) == missing else 'time' if axis == 'ms' else 'NFE'} and are left out" if missing else ""
-    frame(fig, height, "<br>".join([COSTS[axis], *([", ".join(where)] if where else []), *([f"<i>{words}</i>"] if words else [])]), f"{title}, {'higher' if HIGHER[value] else 'lower'} is better")
+    below = [COSTS[axis], *textwrap.wrap(", ".join(where), 36), *(f"<i>{part}</i>" for part in textwrap.wrap(words, 46))]
+    frame(fig, height, "<br>".join(below), f"{title} {'↑' if HIGHER[value] else '↓'}").update_layout(legend_font_size=11)
     if axis == "nfe":
         ticks = sorted({s["nfe"] for s in scores}) or [1, 2, 4, 8, 16, 32]
         fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], range=None if given else [-0.1, 1.6])
     else:
-        fig.update_xaxes(type="log", dtick="D2" if len(drawn) and drawn[:, 0].max() < 1e3 * drawn[:, 0].min() else 1, range=None if len(drawn) else [-1, 2])
+        ticks = [float(f"{m}e{e}") for e in range(-6, 7) for m in ((1, 2, 5) if len(drawn) and drawn[:, 0].max() < 300 * drawn[:, 0].min() else (1,))]
+        fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], range=None if len(drawn) else [-1, 2])
     fig.update_xaxes(uirevision=axis).update_yaxes(uirevision=value, range=None if len(drawn) else [-1, 1])
     if unit:
         return fig.update_yaxes(tickvals=places, ticktext=texts)
