@@ -457,11 +457,11 @@ def tradeoff(
     height: int = 380,
 ) -> go.Figure:
     "A score against network calls or milliseconds: one line a (run, sampler), 95 % intervals as bars, the Pareto front behind, the protocol on hover."
-    for key, given, known in (("value", value, HIGHER), ("axis", axis, COSTS)):
-        if given not in known:
-            raise ValueError(f"{key} = {given!r} cannot be drawn; take one of {', '.join(known)}")
-    given, known = scores, lambda v: isinstance(v, (int, float)) and math.isfinite(v)
-    scores = [s for s in given if known(s.get(value)) and known(s.get(axis)) and s[axis] > 0]
+    for key, word, words in (("value", value, HIGHER), ("axis", axis, COSTS)):
+        if word not in words:
+            raise ValueError(f"{key} = {word!r} cannot be drawn; take one of {', '.join(words)}")
+    known = lambda score, key: isinstance(score.get(key), (int, float)) and math.isfinite(score[key])
+    given, scores = scores, [s for s in scores if known(s, value) and known(s, axis) and s[axis] > 0]
     if why := unlike(scores, TIMED if axis == "ms" else ()):
         raise ValueError(f"these scores do not belong on one axis: {why}")
     lines, groups, fig = {}, {}, go.Figure()
@@ -490,7 +490,7 @@ def tradeoff(
     title = value if value in ("endpoint", "straightness") or not scores or not scores[0].get("extractor") else f"{value}@{scores[0]['extractor']}"
     where = [str(scores[0][key]) if key == "machine" else f"batch {scores[0][key]}" for key in ("machine", "batch") if axis == "ms" and scores and scores[0].get(key)]
     missing = len(given) - len(scores)
-    words = f"{missing} of {len(given)} scores have no {value if sum(not known(s.get(value)) for s in given) == missing else 'time' if axis == 'ms' else 'NFE'} and are left out" if missing else ""
+    words = f"{missing} of {len(given)} scores have no {value if sum(not known(s, value) for s in given) == missing else 'time' if axis == 'ms' else 'NFE'} and are left out" if missing else ""
     below = [COSTS[axis], *textwrap.wrap(", ".join(where), 36), *(f"<i>{part}</i>" for part in textwrap.wrap(words, 46))]
     frame(fig, height, "<br>".join(below), f"{title} {'↑' if HIGHER[value] else '↓'}").update_layout(legend_font_size=11)
     if axis == "nfe":
