@@ -341,7 +341,8 @@ def jsonl(data: bytes) -> list:
     return rows
 
 # %% ../nbs/20_run.ipynb #90301b45
-MEASURED = {"fd", "fd_low", "fd_high", "kd", "kd_low", "kd_high", "precision", "recall", "sliced", "endpoint", "straightness", "seconds"}
+MEASURED = {"fd", "fd_low", "fd_high", "fd_inf", "fd_inf_low", "fd_inf_high", "kd", "kd_low", "kd_high", "precision", "recall", "density", "coverage", "sliced", "endpoint",
+            "straightness", "seconds", "ms"}
 
 
 def same_protocol(
