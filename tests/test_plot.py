@@ -212,6 +212,11 @@ def test_a_score_below_zero_keeps_its_place():
     np.testing.assert_allclose(np.sinh(y - lines(fig)["b · euler"].error_y.arrayminus) * unit, -3.0)
 
 
+def test_a_share_of_zero_stays_on_a_plain_axis():
+    fig = tradeoff([dict(row, recall=r) for row, r in zip(scores(), (0, 0.001, 0.5, 0.93))], "recall")
+    assert lines(fig)["a · euler"].y.tolist() == [0, 0.001, 0.5, 0.93] and fig.layout.yaxis.range == (0, 1.04)
+
+
 @pytest.mark.parametrize("value", HIGHER)
 def test_every_value_can_be_drawn_with_missing_ends(value):
     rows = [dict(row, **{value: 0.5 + 0.1 * k, f"{value}_low": None, f"{value}_high": None}) for k, row in enumerate(scores())]
