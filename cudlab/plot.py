@@ -177,14 +177,14 @@ def moves(
     ts: torch.Tensor, # the grid, (N + 1,), decreasing
     mark: int = None, # number of the move to point at; None = none
     columns: int = 2, # panels side by side
-    height: int = None, # pixels; None = 180 for each row of panels
+    height: int = None, # pixels; None = what the rows need
 ) -> go.Figure:
     "Small multiples over the moves: median and quartiles over the samples of every quantity."
     ts = ts.detach().float().cpu().numpy()
     count, rows = len(ts) - 1, max(1, -(-len(panels) // columns))
     words = [re.fullmatch(r"(.*?)(?:\s*\(([^()]*)\))?", title).groups(default="") for title in panels]
-    heads = [[f"<b>{part}</b>" for part in textwrap.wrap(name, 18)] + textwrap.wrap(unit, 24) for name, unit in words]
-    above, most = 16 * max(map(len, heads), default=0) + 6, max((len(v) for v in panels.values() if v.ndim == 3), default=0)
+    tops = [[f"<b>{part}</b>" for part in textwrap.wrap(name, 18)] + textwrap.wrap(unit, 24) for name, unit in words]
+    above, most = 16 * max(map(len, tops), default=0) + 6, max((len(v) for v in panels.values() if v.ndim == 3), default=0)
     height = height or (120 + above) * rows + 34 * (rows + 1) + 26 * bool(most)
     inside = height - above - 40 - 26 * bool(most)
     fig = make_subplots(rows=rows, cols=columns, vertical_spacing=min(0.9 / rows, (above + 34) / max(inside, 1)), horizontal_spacing=min(0.9 / columns, 0.14))
@@ -211,7 +211,7 @@ def moves(
                 fig.add_traces(band(line, ts, label, COLOURS[style % 6], DASHES[style % 6], MARKS[style % 6], **more), place["row"], place["col"])
         (box,), (side,) = fig.select_xaxes(**place), fig.select_yaxes(**place)
         at = dict(xref="paper", yref="paper", showarrow=False)
-        notes.append(dict(at, text="<br>".join(heads[j]), x=box.domain[0], y=side.domain[1], xanchor="left", yanchor="bottom", align="left"))
+        notes.append(dict(at, text="<br>".join(tops[j]), x=box.domain[0], y=side.domain[1], xanchor="left", yanchor="bottom", align="left"))
         if not len(middle[0]):
             notes.append(dict(at, text="needs two moves", x=sum(box.domain) / 2, y=sum(side.domain) / 2))
         box.update(title_text="move" if j + columns >= len(panels) else "", range=[0.5, max(count, 1) + 0.5], tick0=1, dtick=max(1, -(-count // 5)), tickangle=0, matches="x" if j else None)
@@ -507,7 +507,7 @@ def tradeoff(
         lines.setdefault(name, []).append((float(np.mean([s[axis] for s in group])), *spread(group, value), f"{hover}<br>seeds {', '.join(str(s.get('seed')) for s in group)}"))
     drawn = np.array([row[:4] for rows in lines.values() for row in rows], float).reshape(-1, 4)
     share = value in ("precision", "recall", "density", "coverage")
-    unit, (places, texts) = folding(drawn[:, 1])
+    unit, (places, texts) = folding([] if share else drawn[:, 1])
     put = (lambda v: np.arcsinh(v / unit)) if unit else np.asarray
     if pareto and len(drawn):
         best = drawn[front(drawn[:, 0], drawn[:, 1], HIGHER[value])]
@@ -526,7 +526,7 @@ def tradeoff(
     missing = len(given) - len(scores)
     words = f"{missing} of {len(given)} scores have no {value if sum(not known(s, value) for s in given) == missing else 'time' if axis == 'ms' else 'NFE'} and are left out" if missing else ""
     below = [COSTS[axis], *textwrap.wrap(", ".join(where), 36), *(f"<i>{part}</i>" for part in textwrap.wrap(words, 46))]
-    frame(fig, height, "<br>".join(below), f"{title} {'↑' if HIGHER[value] else '↓'}").update_layout(legend_font_size=11)
+    frame(fig, height, "<br>".join(below), f"{title} {'↑' if HIGHER[value] else '↓'}", legend=dict(font_size=11))
     if axis == "nfe":
         ticks = sorted({s["nfe"] for s in scores}) or [1, 2, 4, 8, 16, 32]
         fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], range=None if given else [-0.1, 1.6])

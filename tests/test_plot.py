@@ -212,6 +212,11 @@ def test_a_score_below_zero_keeps_its_place():
     np.testing.assert_allclose(np.sinh(y - lines(fig)["b · euler"].error_y.arrayminus) * unit, -3.0)
 
 
+def test_a_share_of_zero_stays_on_a_plain_axis():
+    fig = tradeoff([dict(row, recall=r) for row, r in zip(scores(), (0, 0.001, 0.5, 0.93))], "recall")
+    assert lines(fig)["a · euler"].y.tolist() == [0, 0.001, 0.5, 0.93] and fig.layout.yaxis.range == (0, 1.04)
+
+
 @pytest.mark.parametrize("value", HIGHER)
 def test_every_value_can_be_drawn_with_missing_ends(value):
     rows = [dict(row, **{value: 0.5 + 0.1 * k, f"{value}_low": None, f"{value}_high": None}) for k, row in enumerate(scores())]
@@ -306,6 +311,8 @@ def test_motion_plays_once_its_frames_are_handed_over(draw):
     page.wait_for_function("() => document.querySelector('#chart').layout.sliders[0].active === 2", timeout=20_000)
     page.wait_for_timeout(300)
     np.testing.assert_allclose(shown()[2], xs[2, :, 0], rtol=1e-6)
-    page.evaluate(f"value => ({FRAMES})(value)", dict(plot=fig.to_json()))
-    assert shown()[0] == 5 # and not ten
+    shorter = moving(steps=2, count=20, side=5)[0].to_json()
+    page.evaluate("f => Plotly.react('chart', f.data, f.layout)", json.loads(shorter))
+    page.evaluate(f"value => ({FRAMES})(value)", dict(plot=shorter))
+    assert shown()[0] == 3 # those of the chart before are gone
     page.close()
