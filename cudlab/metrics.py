@@ -774,7 +774,7 @@ def evaluate(
     plans, data = [], {}
     for run in targets if isinstance(targets, (list, tuple)) else [targets]:
         if run.config.data not in data:
-            data = {run.config.data: load(run.config.data)} | data
+            data[run.config.data] = load(run.config.data)
         wanted, space = job.points(run), job.space(run)
         points = [(what, stored(run, space, what, data[run.config.data])) for what in wanted if not what.refused(run)]
         plans.append((run, space, points, wanted))
