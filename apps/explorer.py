@@ -1,219 +1,67 @@
-"""The explorer: sample any run with any solver, watch every step, and measure what each network call buys.
+"""The explorer: watch what every network call does and measure what it buys, on real checkpoints.
 
-    python apps/explorer.py [--port 7860] [--host 127.0.0.1] [--runs NAME ...]
+    python apps/explorer.py [--port 7860] [--host 127.0.0.1] [--runs NAME ...] [--root-path /lab] [--auth USER:PASSWORD]
 """
 import argparse
-import base64
 import html
+import ipaddress
+import json
 import logging
 import os
-import shlex
 import socket
 import sys
 import threading
-import time
-from collections import OrderedDict
-from contextlib import contextmanager
-from dataclasses import MISSING
-from dataclasses import dataclass
 from dataclasses import fields
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gradio as gr
-import torch
 
-from cudlab import plot
-from cudlab.core import Args
 from cudlab.core import guess
 from cudlab.core import settings
-from cudlab.core import spec
 from cudlab.core import use_threads
-from cudlab.data import load
 from cudlab.dode import NATIVE
-from cudlab.metrics import PROTOCOL
-from cudlab.metrics import comparable
-from cudlab.metrics import curve as missing
 from cudlab.path import GRIDS
-from cudlab.run import METHODS
+from cudlab.plot import FRAMES
 from cudlab.run import Run
-from cudlab.run import count_of
 from cudlab.run import runs
 from cudlab.solver import SOLVERS
 from cudlab.solver import Solver
-from cudlab.solver import Trajectory
-from cudlab.solver import steps_for
+from views import compare
+from views import live
+from views import runs as browser
+from views import share
+from views import tradeoff
+from views import trajectory
+from views.ask import ANY
+from views.ask import LOWER
+from views.ask import MOST
+from views.ask import NAMES
+from views.ask import ONLY
+from views.ask import Ask
+from views.ask import entry
+from views.ask import flat
+from views.ask import in_words
+from views.ask import kept
+from views.ask import labels
+from views.ask import learned
+from views.ask import menu
+from views.ask import moves
+from views.ask import offered
+from views.ask import opened
+from views.ask import possible
+from views.ask import preferred
+from views.ask import sentence
 
+HERE = Path(__file__).resolve().parent
 LOG = logging.getLogger("cudlab.explorer")
-MOST = dict(steps=256, nfe=1024, count=64, columns=33, scores=24, n=10_000)
-EVERY = 0.1
-SHARP = 2_000_000
-ANY = "any"
-BUDGETS = "1, 2, 4, 8, 16"
-LOWER = {"auto": None, "yes": True, "no": False}
 
 
-# What a person asked for, checked
-
-@dataclass
-class Ask(Args):
-    "Everything on the form that decides a picture."
-    run: str = spec("", "the run to sample")
-    weights: str = spec("ema", "average or raw weights", choices=("ema", "raw"))
-    head: int = spec(1, "output head of the network", low=1, high=64)
-    solver: str = spec("euler", "a name in SOLVERS, or a learned solver that fits the run")
-    by: str = spec("steps", "what the amount counts", choices=("steps", "NFE"))
-    amount: int = spec(8, "steps or NFE", low=1, high=MOST["nfe"])
-    grid: str = spec("uniform", "time grid", choices=(*GRIDS, NATIVE))
-    seed: int = spec(0, "seed of the starting noise", low=0, high=2**53 - 1)
-    count: int = spec(8, "samples", low=1, high=MOST["count"])
-    label: str = spec(ANY, "class")
-    guidance: float = spec(1.0, "guidance scale", low=0, high=20)
-    lower_order_final: str = spec("auto", "lower orders in the last moves", choices=tuple(LOWER))
-    denoise: bool = spec(True, "last move to t = 0")
-
-
-NAMES = [f.name for f in fields(Ask)]
-
-
-def sentence(error: Exception) -> str:
-    "What went wrong in one line of at most 200 characters, safe to show as HTML."
-    words = " ".join(str(error).split()) or type(error).__name__
-    return html.escape(words if len(words) <= 190 else words[:187] + "...", quote=False)[:200]
-
-
-@contextmanager
-def in_words():
-    "Turn whatever goes wrong into one sentence for the person; the trace goes to the log."
-    try:
-        yield
-    except gr.Error:
-        raise
-    except ValueError as e:
-        raise gr.Error(sentence(e), duration=8, title="Not possible", print_exception=False) from None
-    except FileNotFoundError as e:
-        raise gr.Error(f"a file of this run is gone: {sentence(e)[:150]}", duration=8, title="Run changed", print_exception=False) from None
-    except torch.OutOfMemoryError:
-        raise gr.Error("not enough memory on the device: ask for fewer samples", duration=8, title="Not possible", print_exception=False) from None
-    except Exception as e:
-        LOG.exception("the explorer failed")
-        raise gr.Error(f"the explorer failed ({type(e).__name__}); the server's log says more", duration=8, print_exception=False) from None
-
-
-# Runs: known by id, opened once, read-only
-
-ONLY = []
-OPENED = OrderedDict()
-GUARD = threading.Lock()
-
-
-def listed() -> list:
-    "What the lab knows of its runs: yours first, the newest on top, then those that ship."
-    return [r for r in runs() if not ONLY or r.name in ONLY]
-
-
-def manifest(folder) -> tuple:
-    "When and how long the manifest of a run is: it changes whenever the run does."
-    try:
-        stat = (Path(folder) / "MANIFEST.json").stat()
-        return stat.st_mtime_ns, stat.st_size
-    except OSError:
-        return 0, 0
-
-
-def menu() -> list:
-    "Choices of the run menu: (what a person reads, id)."
-    part = lambda r: "" if r.step == r.steps else f", step {r.step:,} of {r.steps:,}"
-    return [(f"{r.name}  ·  {r.method} on {r.data}{part(r)}", r.name) for r in listed() if not r.damaged]
-
-
-def opened(name) -> Run:
-    "An open run; the last four stay in memory as long as their manifests do not change."
-    if not isinstance(name, str) or not name:
-        raise ValueError("no run is chosen; train one with: python -m cudlab.run train")
-    known = {r.name: r for r in listed()}
-    if name not in known:
-        raise ValueError(f"the run {name[:60]!r} is not here (any more){guess(name, known)}; reload the page for the runs there are")
-    if known[name].damaged:
-        raise ValueError(f"the run {name!r} is damaged: {known[name].damaged}")
-    key = str(known[name].path), manifest(known[name].path)
-    with GUARD:
-        if key not in OPENED:
-            for stale in [k for k in OPENED if k[0] == key[0]]:
-                del OPENED[stale]
-            OPENED[key] = Run(known[name].path)
-            while len(OPENED) > 4:
-                OPENED.popitem(last=False)
-        OPENED.move_to_end(key)
-        return OPENED[key]
-
-
-@lru_cache(4)
-def cloud(name: str):
-    "Points of a 2-D data set to lay behind the paths, (M, 2)."
-    return load(name).batch(0, 0, 600)[0]
-
-
-def labels(run: Run) -> list:
-    "The classes that can be asked for: none where the run was trained without labels."
-    return list(run.classes) if run.config.classes else []
-
-
-def flat(run: Run) -> bool:
-    "Whether the samples are points of the plane."
-    return len(run.shape) == 1
-
-
-# Solvers: those of the lab, and the learned ones that fit a run
-
-def learned(run: Run = None) -> list:
-    "The finished runs that hold a solver, those that fit the network of a run if one is given."
-    held = [Run(r.path) for r in listed() if not r.damaged and r.step == r.steps and METHODS[r.method].product == "solver" and r.name not in SOLVERS]
-    if run is None:
-        return [h.name for h in held]
-    try:
-        network = run.source.network_hash()
-    except ValueError:
-        return []
-    return [h.name for h in held if h.info["teacher"]["network"] == network]
-
-
-def entry(name: str, run: Run = None) -> Solver:
-    "The solver of that name, if it is offered (for a run)."
-    if name in SOLVERS:
-        return SOLVERS[name]
-    if name in learned(run):
-        return opened(name).solver()
-    if name in learned():
-        raise ValueError(f"{name} was fitted for the network of {opened(name).info['teacher']['name']}, not for the one of {run.name}")
-    raise ValueError(f"the solver {name[:60]!r} is not offered here{guess(name[:60], [*SOLVERS, *learned(run)])}; choose one of the list")
-
-
-def moves(name: str, solver: Solver, by: str, amount: int, denoise: bool = True) -> int:
-    "The number of moves an amount of steps or NFE stands for."
-    only = len(solver.ts) - 1
-    if solver.ts and not denoise:
-        raise ValueError(f"{name} was fitted with a last move to t = 0; switch that on")
-    if by == "steps":
-        if solver.ts and amount != only:
-            raise ValueError(f"{name} was fitted for {only} steps, not for {amount}")
-        if amount > MOST["steps"]:
-            raise ValueError(f"steps = {amount} is out of range: at most {MOST['steps']}")
-        return amount
-    if solver.calls is None:
-        raise ValueError(f"{name} chooses its calls itself: ask for steps instead of NFE")
-    steps = steps_for(solver, amount, denoise)
-    if steps is None:
-        costs = [solver.calls(n, denoise) for n in ([only] if solver.ts else range(1, amount + 2))]
-        near = max((c for c in costs if c < amount), default=""), min((c for c in costs if c > amount), default="")
-        raise ValueError(f"NFE = {amount} is not possible with {name}; {' or '.join(str(c) for c in near if c)} is")
-    if steps > MOST["steps"]:
-        raise ValueError(f"NFE = {amount} means {steps} steps; at most {MOST['steps']}")
-    return steps
-
+# What the form shows when a run or a solver is chosen
 
 def cost(solver, by, amount, denoise=True, run="") -> str:
     "The lines under the amount: steps and NFE, always both, and what kind of solver this is."
@@ -236,360 +84,118 @@ def bound(solver: Solver, run: Run) -> dict:
     "The controls that a learned solver or the run itself decides, and their values; none for other solvers and runs."
     usual = dict(by="steps", lower_order_final="auto", denoise=True)
     if run.fixed:
-        return usual | dict(amount=run.fixed["steps"], grid=run.fixed["grid"])
+        return usual | dict(amount=run.fixed["steps"], grid=run.fixed["grid"], guidance=run.fixed["guidance"])
     return usual | dict(weights="ema", amount=len(solver.ts) - 1, grid=solver.grid, head=solver.made_for["head"], guidance=solver.made_for["guidance"]) if solver.ts else {}
 
 
-def possible(run: Run) -> list:
-    "The solvers a run can be sampled with: those of the lab, and the learned ones that fit it."
-    return [n for n in [*SOLVERS, *learned(run)] if not run.refuses(solver=n)]
+def settled(solver: Solver, run: Run, amount=None) -> list:
+    "Updates for the controls in BOUND: what is decided is set and locked, the rest is free; a lone step left over from a one-step run grows."
+    values = bound(solver, run)
+    free = {"head": dict(maximum=max(run.heads, 2)), "guidance": dict(visible=bool(labels(run)) and not run.fixed)}
+    if not values and amount == 1:
+        free["amount"] = dict(value=run.own["steps"])
+    alone = {"head": run.heads < 2}
+    return [gr.update(interactive=key not in values and not alone.get(key, False), **free.get(key, {}), **({"value": values[key]} if key in values else {"value": 1} if alone.get(key) else {}))
+            for key in BOUND]
 
 
-def decided(name, solver) -> tuple:
+def decided(name, solver, amount=None) -> tuple:
     "What choosing a solver does to the controls in BOUND."
     with in_words():
         run = opened(name)
-        values = bound(entry(Ask(solver=solver).solver, run), run)
-        return tuple(values.get(key, gr.skip()) for key in BOUND)
+        return tuple(settled(entry(Ask(solver=solver).solver, run), run, amount))
 
 
-def budgeted(name, solver, wanted="") -> tuple:
-    "What choosing a solver does to grid and NFE of the measurement; the one NFE of a learned solver goes with it."
-    with in_words():
-        run = opened(name)
-        found = entry(Ask(solver=solver).solver, run)
-        if values := bound(found, run):
-            return values["grid"], str(found.calls(values["amount"]))
-        return gr.skip(), BUDGETS if str(wanted).strip().isdecimal() else gr.skip()
-
-
-# The film: one column a step, sent as it is made
-
-def picture(x: torch.Tensor, quality: int) -> str:
-    "One column of the film, (B, C, H, W), as a data address."
-    kind = "webp" if quality else "png"
-    return f"data:image/{kind};base64," + base64.b64encode(plot.encoded(plot.film(x[None].cpu(), 1, 1), quality)).decode()
-
-
-class Film:
-    "The film strip as a page that only ever grows, so that each update sends one column."
-
-    def __init__(self, shape: tuple, count: int, steps: int):
-        channels, height, width = shape
-        self.every = max(1, -(-(steps + 1) // MOST["columns"]))
-        columns = len([i for i in range(steps + 1) if self.keeps(i, steps)])
-        self.quality = 86 if channels * height * width * count * columns * 2 > SHARP else 0
-        near = 48 if count <= 16 else 32
-        self.scale = max(1, round(near / max(height, width)))
-        self.steps, self.count, self.box = steps, count, (width * self.scale, (count * (height + 1) - 1) * self.scale)
-        self.columns = {i: k + 2 for k, i in enumerate(i for i in range(steps + 1) if self.keeps(i, steps))}
-        self.page = (f"<div class='film' role='group' aria-label='film strip: {count} samples by {steps} steps' tabindex='0' style='--w:{self.box[0]}px;--h:{self.box[1]}px;--n:{columns}'>"
-                     "<span class='name' style='grid-row:2'>state<var>x<sub>t</sub></var></span><span class='name' style='grid-row:4'>estimate<var>x̂<sub>0</sub></var></span>"
-                     "<span class='name tick' style='grid-row:1'>step</span><span class='name tick' style='grid-row:5'>time t</span>"
-                     "<i class='bed' style='grid-row:2'></i><i class='bed' style='grid-row:4'></i>")
-
-    def keeps(self, i: int, steps: int) -> bool:
-        "Whether step i is shown; the first and the last always are."
-        return i % self.every == 0 or i == steps
-
-    def add(self, i: int, t: float, row: int, x: torch.Tensor):
-        "One column of a row: 2 holds the states, 4 the estimates."
-        if i not in self.columns:
-            return
-        what = "state x_t" if row == 2 else "estimate of x_0"
-        place = f"grid-column:{self.columns[i]}"
-        self.page += (f"<img style='{place};grid-row:{row}' width='{self.box[0]}' height='{self.box[1]}' decoding='sync' "
-                      f"alt='{what} of {self.count} samples at step {i} of {self.steps}, t = {t:.3f}' src='{picture(x, self.quality)}'>")
-        if row == 2:
-            self.page += f"<span class='tick' style='{place};grid-row:1'>{i}</span><span class='tick' style='{place};grid-row:5'>{t:.2f}</span>"
-
-
-def numbers(pairs: list) -> str:
-    "Figures with small-caps names above them."
-    return "<dl class='numbers'>" + "".join(f"<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in pairs) + "</dl>"
-
-
-def script(ask: Ask, run: Run, steps: int, y) -> str:
-    "The Python that makes the same picture."
-    given = dict(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance,
-                 lower_order_final=LOWER[ask.lower_order_final], denoise=ask.denoise)
-    usual = dict(weights="ema", head=1, y=None, guidance=1.0, lower_order_final=None, denoise=True)
-    shown = ", ".join(f"{k}={v!r}" for k, v in given.items() if k not in usual or usual[k] != v)
-    return f"from cudlab.run import Run\n\ntrajectory = Run.open({run.name!r}).solve({shown})\ntrajectory.x, trajectory.nfe, trajectory.straightness.mean()"
-
-
-def sampled(*form):
-    "Stream a sampling: (film, paths, velocities, schedule, numbers, script) as they come to be."
-    with in_words():
-        ask = Ask(**dict(zip(NAMES, form)))
-        run = opened(ask.run)
-        steps = moves(ask.solver, entry(ask.solver, run), ask.by, ask.amount, ask.denoise)
-        y = None
-        if ask.label != ANY:
-            if ask.label not in labels(run):
-                raise ValueError(f"class = {ask.label[:40]!r} is not one of {', '.join([ANY, *labels(run)])}")
-            y = labels(run).index(ask.label)
-        if ask.head > run.heads:
-            raise ValueError(f"head = {ask.head} is out of range: {run.name} has {run.heads}")
-        start = shown = time.perf_counter()
-        walk = run.walk(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y, guidance=ask.guidance,
-                        lower_order_final=LOWER[ask.lower_order_final], denoise=ask.denoise)
-        plane, states, spent, drawing = flat(run), [], 0.0, 0.0
-        film = None if plane else Film(tuple(run.shape), ask.count, steps)
-        code = script(ask, run, steps, y)
-        while True:
-            began = time.perf_counter()
-            state = next(walk, None)
-            spent += time.perf_counter() - began
-            if state is None:
-                break
-            states.append(state)
-            t = float(state.t)
-            if film:
-                if state.i:
-                    left = states[-2]
-                    film.add(left.i, float(left.t), 4, run.noise_path.x0(left.x, state.v, torch.full((ask.count,), float(left.t), device=left.x.device)))
-                film.add(state.i, t, 2, state.x)
-            now = time.perf_counter()
-            if len(states) == 1 or now - shown >= EVERY and drawing <= spent:
-                shown = now
-                done = numbers([("step", f"{state.i} of {steps}"), ("NFE so far", f"{state.nfe:g}"), ("time", f"{1000 * spent:.0f} ms")])
-                chart = plot.plane(torch.stack([s.x for s in states]), cloud(run.config.data), reach=3.2) if plane else None
-                drawing += time.perf_counter() - now
-                yield film.page if film else "", chart, gr.skip(), gr.skip(), done, gr.skip()
-        if film:
-            if not t:
-                film.add(steps, t, 4, states[-1].x)
-            film.page += "</div>"
-        tau = Trajectory(torch.tensor([float(s.t) for s in states]), torch.stack([s.x for s in states]).cpu(),
-                         torch.stack([s.v for s in states[1:]]).cpu(), states[-1].nfe, run.noise_path)
-        bent = tau.straightness
-        lost = int((~tau.x.flatten(1).isfinite().all(1)).sum())
-        done = numbers([("steps", len(states) - 1), ("NFE counted", f"{tau.nfe:g}"), ("solver time", f"{1000 * spent:.0f} ms"),
-                        ("shown after", f"{1000 * (time.perf_counter() - start):.0f} ms"), ("deviation from straight", f"{float(bent.mean()):.3g}"),
-                        *([("not finite", f"{lost} of {ask.count}")] if lost else [])])
-        yield (film.page if film else "", plot.plane(tau.xs, cloud(run.config.data), reach=3.2) if plane else None,
-               plot.speeds(tau.vs, tau.ts), plot.schedule(tau.ts, 300), done, code)
-
-
-# Quality
-
-def protocol(scores: list) -> list:
-    "The largest set of scores that may share an axis, the newest where sizes tie."
-    groups = []
-    for score in scores:
-        home = next((g for g in groups if not comparable(g[0], score)), None)
-        if home is None:
-            groups.append([score])
-        else:
-            home.append(score)
-    return max(reversed(groups), key=len) if groups else []
-
-
-def table(rows: list, columns: list, caption: str) -> str:
-    "Dicts as an HTML table."
-    cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
-    head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(r.get(c)))}</td>" for c in columns) + "</tr>" for r in rows)
-    return f"<div class='scroll' tabindex='0' role='group' aria-label='{html.escape(caption)}'><table class='plain'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def peers(run: Run) -> list:
-    "The names of other runs on the same data, and those of them that ship with the lab."
-    others = [r for r in listed() if not r.damaged and r.data == run.config.data and r.name != run.name]
-    return [r.name for r in others], [r.name for r in others if r.shipped]
-
-
-def curve(name, against=None, solver="euler", grid="uniform") -> tuple:
-    "The quality chart of a run beside others with the same solver and grid, its protocol in words, and the same as a table."
-    with in_words():
-        ask, run = Ask(solver=solver, grid=grid), opened(name)
-        return drawn(run, against, kept(run, possible(run), ask.solver), ask.grid)
-
-
-def drawn(run: Run, against=None, solver="euler", grid="uniform") -> tuple:
-    "Chart, caption and table of a run's scores; other runs join the chart where their protocol is the same."
-    scores = list(run.scores)
-    group, same = protocol(scores), entry(solver, run)
-    alike = {solver} if solver in SOLVERS else {solver, getattr(opened(solver).method, "base", solver)}
-    grid = same.grid if grid == NATIVE else grid
-    for name in against or []:
-        if name != run.name:
-            found = [s for s in opened(name).scores if s.get("solver") in alike and s.get("grid", "uniform") == grid]
-            group = group or protocol(found)[:1]
-            group = group + [s for s in found if s not in group and not comparable(group[0], s)]
-    if not group:
-        return plot.quality([]), "<p class='caption'>Nothing measured yet. Choose a solver and the numbers of calls, then press <b>Measure missing points</b>.</p>", ""
-    words = ", ".join(f"{html.escape(k)} <b>{html.escape(str(group[0][k]))}</b>" for k in (*PROTOCOL, "device") if group[0].get(k) not in (None, ""))
-    seeds = ", ".join(str(s) for s in sorted({s.get("seed", 0) for s in group}))
-    note = next((s["note"] for s in group if s.get("note")), "")
-    other = sum(s not in group for s in scores)
-    caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>.{f' {html.escape(note)}.' if note else ''}"
-               f"{f' {other} scores measured under another protocol are in the table and not in the chart.' if other else ''}</p>")
-    wide = [k for k in ("solver", "grid", "head", "steps", "nfe", "fd", "kd", "precision", "recall", "endpoint", "reference", "seen", "straightness", "seconds", "n", "seed", "weights", "extractor") if any(k in s for s in scores)]
-    wide += [k for k in ("lower_order_final", "denoise") if any(s.get(k, plot.USUAL[k]) != plot.USUAL[k] for s in scores)]
-    rows = sorted(scores, key=lambda s: (str(s.get("solver")), s.get("nfe") or 0))
-    mine = table(rows, wide, f"{len(scores)} scores of {run.name}") if scores else f"<p class='caption'>Nothing is measured on {html.escape(run.name)} yet.</p>"
-    return plot.quality(group, height=380 + 16 * max(0, len({plot.line_name(s) for s in group}) - 6)), caption, mine
-
-
-def calls_wanted(text) -> list:
-    "NFE values from what a person typed: 1, 2, 4."
-    parts = str(text or "").replace(";", ",").replace(" ", ",").split(",")
-    values = []
-    for part in filter(None, parts):
-        if not part.isdecimal() or not 1 <= int(part) <= MOST["nfe"]:
-            raise ValueError(f"NFE = {part[:40]!r} is not a whole number from 1 to {MOST['nfe']}; write them as 1, 2, 4, 8")
-        values.append(int(part))
-    if not values:
-        raise ValueError("no numbers of calls are given; write them as 1, 2, 4, 8")
-    return sorted(set(values))[:MOST["scores"]]
-
-
-def measured(name, solver, wanted, n, seed, against=None, grid="uniform", progress=gr.Progress()):
-    "Measure the points that are missing, one by one: (chart, caption, table)."
-    with in_words():
-        ask, run = Ask(run=name, solver=solver, seed=seed, count=1, grid=grid), opened(name)
-        n, found = Count(n=n).n, entry(ask.solver, run)
-        budgets = calls_wanted(wanted)
-        for nfe in budgets:
-            if why := run.refuses(solver=ask.solver, steps=moves(ask.solver, found, "NFE", nfe), grid=ask.grid):
-                raise ValueError(why)
-        made, fixed = 0, {k: v for k, v in bound(found, run).items() if k in ("head", "guidance")}
-
-        def tell(done, size):
-            progress((made * size + done, len(budgets) * size), desc=f"{ask.solver}: point {made + 1} of at most {len(budgets)}", unit="samples")
-
-        for score in missing(run, (ask.solver,), tuple(budgets), progress=tell, n=n, seed=ask.seed, grid=ask.grid, **fixed):
-            run.add_score(score)
-            made += 1
-            yield drawn(run, against, ask.solver, ask.grid)
-        if not made:
-            gr.Info("All of these points are measured already.", duration=4)
-        yield drawn(run, against, ask.solver, ask.grid)
-
-
-@dataclass
-class Count(Args):
-    "How many samples a score is made of."
-    n: int = spec(1000, "samples per score", low=16, high=MOST["n"])
-
-
-# The run itself
-
-def command(config) -> str:
-    "The command line that trains this run again."
-    parts = ["python", "-m", "cudlab.run", "train"]
-    for f in fields(config):
-        value, usual = getattr(config, f.name), f.default if f.default is not MISSING else f.default_factory()
-        if f.name == "args":
-            parts += [f"args.{k}={v}" for k, v in value.items()]
-        elif value != usual:
-            parts.append(f"{f.name}={value}")
-    return shlex.join(parts)
-
-
-def numbers_of(run: Run) -> str:
-    "What a run that holds a solver has learned, in a line each: for which network, and the numbers with their spread."
-    if run.method.product != "solver":
-        return ""
-    teacher, held = run.info["teacher"], run.tensors("ema.safetensors")
-    batches = held["solver.by_batch"][: held["solver.done"]]
-    spread = batches.std(0) if len(batches) > 1 else None
-    shown = [" / ".join(f"{v:.3f}" if spread is None or not spread[i, k] else f"{v:.3f}\u00a0±\u00a0{spread[i, k]:.3f}" for k, v in enumerate(row)) for i, row in enumerate(held["solver.lam"].tolist())]
-    told = f"Learned numbers, one a call, mean ± standard deviation over {len(batches)} batches: <code>{', '.join(shown)}</code>." if len(batches) else "Nothing is learned yet."
-    return (f"<p class='caption'>{told}</p><p class='caption'>A solver for the network of <b>{html.escape(teacher['name'])}</b>, step {teacher['step']:,}, "
-            f"SHA-256 <code>{html.escape(teacher['network'][:12])}</code>.</p>")
-
-
-def training(run: Run):
-    "The training curve; where a solver was fitted, its error on held-out noise after each batch."
-    chart = plot.training(run.metrics)
-    if run.method.product == "solver":
-        chart.update_xaxes(title_text="calibration batch", tickformat="d", dtick=max(1, run.length // 10)).update_yaxes(title_text="held-out error")
-    return chart
-
-
-def about(name) -> tuple:
-    "Everything known of a run: summary, training curve, command, configuration."
-    with in_words():
-        run = opened(name)
-        try:
-            state, held = f"all {run.verify()} files match their SHA-256", numbers_of(run)
-        except ValueError as e:
-            state, held = str(e), ""
-        unit = "fitted batches" if run.method.product == "solver" else "trained steps"
-        facts = numbers([("method", run.config.method), ("data", run.config.data), (unit, f"{run.step:,} of {run.length:,}"),
-                         ("parameters", count_of(run.info["parameters"]).removesuffix(" parameters")), ("heads", run.heads), ("classes", len(labels(run)) or "none")])
-        rows = [dict(key=f.name, value=str(getattr(run.config, f.name)), meaning=f.metadata.get("help", "")) for f in fields(run.config)]
-        return (facts + held + f"<p class='caption'>Manifest: {html.escape(state)}. Created {html.escape(run.info['created'])}. Folder <code>{html.escape(str(run.path))}</code></p>",
-                training(run), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
-
-
-def shelf() -> str:
-    "All runs as a table, the damaged ones with the reason."
-    rows = [dict(run=r.name, method=r.method, data=r.data, steps=f"{r.step:,} of {r.steps:,}" if r.steps else "",
-                 state=f"damaged: {r.damaged}" if r.damaged else "shipped" if r.shipped else "yours") for r in listed()]
-    return table(rows, ["run", "method", "data", "steps", "state"], f"{len(rows)} runs")
-
-
-# The page
-
-def greeted(*form):
-    "The first picture of a page, if there is anything to show."
-    if form[0]:
-        yield from sampled(*form)
-    else:
-        yield tuple(gr.skip() for _ in range(6))
-
-
-def kept(run: Run, names: list, solver) -> str:
-    "The solver to go on with on a run: the one it is made for, else the one there was if it is offered, else Euler."
-    own = run.own["solver"]
-    return next((s for s in ([] if own == "euler" else [own]) + [solver, own] if s in names), "euler")
-
-
-def offered(names: list) -> list:
-    "Choices of a solver menu: (what a person reads, name)."
-    return [(n if n in SOLVERS else f"{n}  ·  learned", n) for n in names]
-
-
-def fitted(name, solver="", q_solver="", wanted="") -> tuple:
-    "The controls that depend on the run: classes, heads, solvers and what they decide, and a line about it."
+def fitted(name, solver="", amount=None) -> tuple:
+    "The controls that depend on the run: a line about it, classes, samples, what is drawn, solvers and what they decide, and the trade-off's choice."
     with in_words():
         run = opened(name)
         done = f"{run.step:,} training steps" if run.method.product == "net" else f"a solver for the network of <b>{html.escape(run.info['teacher']['name'])}</b>"
         line = (f"<p class='about'><b>{html.escape(run.config.method)}</b> on <b>{html.escape(run.config.data)}</b>, {done}, "
-                f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}</p>")
-        others, ours = peers(run)
+                f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}{', one call a sample' if run.fixed else ''}</p>")
         names = possible(run)
-        counted = [n for n in names if n not in SOLVERS or SOLVERS[n].calls]
-        solver, q_solver = kept(run, names, solver), kept(run, counted, q_solver)
-        values = bound(entry(solver, run), run)
-        return (line, gr.update(choices=others, value=ours), gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))),
-                gr.update(value=64 if flat(run) else 8), gr.update(visible=flat(run)), gr.update(visible=not flat(run)),
-                gr.update(choices=offered(names), value=solver), gr.update(choices=offered(counted), value=q_solver), *budgeted(name, q_solver, wanted),
-                *(values.get(key, gr.skip()) for key in BOUND[:-2]), gr.update(maximum=max(run.heads, 2), value=values.get("head", 1), interactive=run.heads > 1),
-                gr.update(value=values.get("guidance", 1.0), visible=bool(labels(run))))
+        solver = kept(run, names, solver)
+        theirs, with_solvers = tradeoff.beside(run)
+        everyone = [r for _, r in menu()]
+        return (line, gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))), gr.update(value=64 if flat(run) else 8),
+                gr.update(visible=flat(run)), gr.update(visible=not flat(run)), gr.update(visible=not flat(run)), gr.update(choices=offered(names), value=solver),
+                *settled(entry(solver, run), run, amount), gr.update(choices=everyone, value=theirs), gr.update(choices=measurable(), value=with_solvers))
 
 
-def preferred(wanted: str = "") -> str:
-    "The run a page opens with: the one wanted, else the first trained one; None if there is none."
-    good = [r for r in listed() if not r.damaged]
-    return next((r.name for r in good if r.name == wanted), next((r.name for r in good if r.step), good[0].name if good else None))
+def measurable() -> list:
+    "Solvers whose calls can be counted beforehand, the learned ones too."
+    return offered([s for s in [*SOLVERS, *learned()] if s not in SOLVERS or SOLVERS[s].calls])
+
+
+def greeted(*form):
+    "The first picture of a page, if there is anything to show."
+    if form[0]:
+        yield from trajectory.sampled(*form)
+    else:
+        yield tuple(gr.skip() for _ in range(8))
+
+
+FITS = 9 + len(BOUND)
 
 
 def arrived(request: gr.Request = None) -> tuple:
-    "What a page shows on arrival: the runs there are now, and ?run=NAME or the newest of them chosen."
+    "What a page shows on arrival: the runs there are now, and what the address asks for."
     with in_words():
-        found = menu()
-        wanted = request.query_params.get("run", "") if request else ""
+        found, wrong = share.understood(dict(request.query_params) if request else {})
+        wanted = found.get("run", "")
         chosen = preferred(wanted)
         if wanted and chosen != wanted:
-            gr.Warning(f"Run {html.escape(wanted[:60])!r} is not here or damaged; this is {chosen!r}.", duration=8)
+            wrong.append(f"run {wanted[:60]!r} is not here or damaged; this is {chosen!r}")
+        for why in wrong[:3]:
+            gr.Warning(html.escape(f"In the address: {why}"[:200]), duration=8)
         if chosen is None:
-            return gr.update(choices=[], value=None), shelf(), "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>", *[gr.skip()] * 17
-        return gr.update(choices=found, value=chosen), shelf(), *fitted(chosen)
+            line = "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>"
+            return gr.update(choices=[], value=None), gr.skip(), line, *[gr.skip()] * (FITS - 1 + 3 + 6 + 26)
+        fits = list(fitted(chosen, found.get("solver", "")))
+        run = opened(chosen)
+        names = possible(run)
+        if "solver" in found and found["solver"] not in names:
+            gr.Warning(html.escape(f"In the address: {found['solver'][:60]!r} is not a solver for {chosen}"), duration=8)
+        if found.get("solver") in names:
+            solver = found["solver"]
+            fits[6] = gr.update(choices=offered(names), value=solver)
+            fits[7 : 7 + len(BOUND)] = settled(entry(solver, run), run)
+            locked = bound(entry(solver, run), run)
+        else:
+            locked = bound(entry(kept(run, names, ""), run), run)
+        for k, key in enumerate(BOUND):
+            if key in found and key not in locked:
+                fits[7 + k] = gr.update(**{a: b for a, b in fits[7 + k].items() if a != "__type__"} | {"value": found[key]})
+        for k, key in ((1, "label"), (2, "count")):
+            if key in found:
+                fits[k] = gr.update(**{a: b for a, b in fits[k].items() if a != "__type__"} | {"value": found[key]})
+        seed = found.get("seed", settings().seed)
+        good = [r for _, r in menu()]
+        if "runs" in found:
+            fits[-2] = gr.update(choices=good, value=[r for r in found["runs"].split()[:24] if r in good] or [chosen])
+        if "solvers" in found:
+            known = [n for _, n in measurable()]
+            fits[-1] = gr.update(choices=offered(known), value=[s for s in found["solvers"].split()[:12] if s in known] or ["euler"])
+        chart = [found.get(k, f.default) for k, f in ((f.name, f) for f in fields(share.View)) if k in ("value", "axis", "grid2", "nfe", "n", "seeds")]
+        view = found.get("view", "trajectory")
+        return gr.update(choices=menu(), value=chosen), gr.update(selected=view), *fits, seed, *chart, *contestants(chosen, share.columns(found) if any(k in found for k in "abcd") else None, found)
+
+
+def contestants(chosen: str, columns: list = None, found: dict = None) -> list:
+    "Seed, samples and the four columns of the comparison: what was asked for, or the run with Euler and AB2."
+    found, run = found or {}, opened(chosen)
+    if columns is None:
+        own = dict(run=chosen, solver=run.own["solver"], amount=1 if run.fixed else 4, grid=run.own["grid"])
+        root = run.root
+        other = own | dict(solver="ab2") if not run.fixed else dict(run=root.name, solver="ab2", amount=4) if root else {}
+        columns = [own, other, {"run": compare.NONE}, {"run": compare.NONE}]
+    usual = dict(zip(compare.COLUMN, (compare.NONE, "euler", 4, "uniform", "ema", 1)))
+    choices = [("none", compare.NONE), *menu()]
+    rows = []
+    for column in columns:
+        made = usual | column
+        rows += [gr.update(choices=choices, value=made["run"] if made["run"] in [c for _, c in choices] else compare.NONE), gr.update(choices=measurable(), value=made["solver"]), *(made[k] for k in compare.COLUMN[2:])]
+    return [found.get("seed2", 0), found.get("count2", 16), *rows]
 
 
 THEME = gr.themes.Base(
@@ -614,180 +220,182 @@ THEME = gr.themes.Base(
     border_color_primary="#e2e2dd", border_color_primary_dark="#2a2f33", link_text_color="*primary_600", link_text_color_dark="*primary_300",
 )
 
-CSS = """
-.gradio-container {max-width: 100% !important; padding: 0 !important; overflow-x: clip}
-.main.fillable {padding: clamp(16px, 3vw, 28px) clamp(16px, 3.1vw, 40px) 48px !important; max-width: 1480px !important; width: 100%; margin: 0 auto !important}
-.main.fillable, .main .wrap, .main .contain, .main .column, .main .row, .main .block, .main .html-container, .main .prose, .main .tabs, .main .tabitem {min-width: 0 !important; max-width: 100%}
-.main > .wrap {padding: 0 !important}
-footer {display: none !important}
-#head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 18px; border-bottom: 1px solid var(--border-color-primary); padding-bottom: 14px}
-#head h1 {font-size: 26px; font-weight: 700; letter-spacing: -.01em; margin: 0; line-height: 1.2}
-#head p {color: var(--body-text-color-subdued); margin: 0; flex: 1 1 260px}
-kbd {font-family: var(--font-mono); font-size: 12px; border: 1px solid var(--border-color-primary); border-radius: 3px; padding: 0 5px; margin-right: 3px; color: var(--body-text-color)}
-#head .keys {color: var(--body-text-color-subdued); font-size: 14px; white-space: nowrap}
-.form, .gr-group, .styler {background: transparent !important; gap: 18px !important; border: 0 !important; box-shadow: none !important; overflow: visible !important; --block-padding: 0}
-span[data-testid="block-info"], .group-name, .numbers dt, .film .name, table.plain th, table.plain caption {
-  font-variant-caps: all-small-caps; letter-spacing: .07em; font-size: 15px !important; font-weight: 400; color: var(--body-text-color-subdued) !important; line-height: 1.3}
-.group-name {margin: 0; border-bottom: 1px solid var(--border-color-primary); padding-bottom: 4px}
-.block .wrap .info, .block .info {font-size: 13px}
-.about, .caption {color: var(--body-text-color-subdued); margin: 0; line-height: 1.55; max-width: 82ch}
-.about b, .caption b {color: var(--body-text-color); font-weight: 400}
-.about code, .caption code {background: transparent; border: 0; padding: 0; font-size: 13px; overflow-wrap: anywhere}
-.cost {margin: -10px 0 0; font-family: var(--font-mono) !important; font-size: 13px; color: var(--body-text-color-subdued); line-height: 1.5}
-.cost b {color: var(--body-text-color); font-weight: 400} .cost i {font-style: normal; opacity: .6} .cost span {display: block; font-family: var(--font); color: inherit}
-.cost.bad {color: #b3421f; font-family: var(--font) !important} .dark .cost.bad {color: #f0906f}
-.numbers {display: flex; flex-wrap: wrap; gap: 10px 36px; margin: 0 0 4px} .numbers dd {margin: 0; font-family: var(--font-mono); font-size: 17px; color: var(--body-text-color)}
-.film {display: grid; grid-template-columns: clamp(58px, 6vw, 70px) repeat(var(--n), var(--w)); grid-template-rows: auto var(--h) 20px var(--h) auto; gap: 0 6px; overflow-x: auto; padding: 0 0 12px; width: 100%; max-width: 100%}
-.film .bed {grid-column: 2 / -1; background: var(--background-fill-secondary); border-radius: 2px; margin-bottom: 0}
-.film img {image-rendering: pixelated; display: block; max-width: none; margin: 0; border-radius: 0; z-index: 1; width: var(--w); height: var(--h)}
-.film .name {position: sticky; left: 0; z-index: 2; background: var(--body-background-fill); padding: 0 8px 0 0; grid-column: 1}
-.film var {font-style: italic; font-variant-caps: normal; letter-spacing: 0; display: block; font-size: 16px; color: var(--body-text-color)} .film sub {font-size: 11px}
-.film .tick {font-family: var(--font-mono); font-size: 12px; color: var(--body-text-color-subdued); text-align: center; padding: 4px 0; white-space: nowrap}
-.film .name.tick {font-family: var(--font); text-align: left; padding: 2px 0}
-.scroll {overflow: auto; max-height: 460px} .scroll table.plain {border-collapse: collapse; font-size: 14px; width: 100%; border: 0 !important; margin: 0} table.plain caption {text-align: left; padding-bottom: 4px}
-.scroll table.plain tr {border: 0 !important; background: transparent !important}
-.scroll table.plain th, .scroll table.plain td {text-align: left; padding: 5px 20px 5px 0; border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: top; color: var(--body-text-color); white-space: nowrap}
-.scroll table.plain td:last-child {white-space: normal; min-width: 240px} .scroll table.plain td {font-variant-numeric: tabular-nums}
-.js-plotly-plot .plotly .infolayer text, .js-plotly-plot .plotly .xaxislayer-above text, .js-plotly-plot .plotly .yaxislayer-above text {fill: var(--body-text-color-subdued) !important}
-.tab-container button {font-size: 16px} .dark .tab-container button.selected {color: var(--primary-300)} .dark .tab-container button.selected::after {background: var(--primary-300)}
-.dark input[type=range] {--neutral-200: #3a4046} input[type=range] {height: 20px; margin: 0} .slider_input_container {min-height: 24px} .form .block {overflow: visible !important}
-button.lg, button.md {white-space: nowrap; padding-left: 14px; padding-right: 14px}
-#velocity, #schedule, #chart, #loss, #paths {min-height: 0}
-:focus-visible {outline: 2px solid var(--primary-400) !important; outline-offset: 2px}
-dialog#keys {font-family: 'IBM Plex Sans', system-ui, sans-serif; border: 1px solid var(--border-color-primary); border-radius: 6px; background: var(--body-background-fill); color: var(--body-text-color); padding: 24px 32px; max-width: 420px; margin: auto}
-dialog#keys::backdrop {background: rgba(0, 0, 0, .35)} dialog#keys td {padding: 4px 18px 4px 0} dialog#keys button {text-decoration: underline; background: none; border: 0; padding: 0; margin-top: 14px; font: inherit; cursor: pointer; color: inherit} dialog#keys h2 {margin: 0 0 10px; font-size: 18px; font-weight: 700}
-@media (min-width: 901px) {#line .about {padding-top: 28px} .aside {flex: 0 0 288px !important; min-width: 288px !important} .split {flex-wrap: nowrap !important; gap: 44px !important} .column .column + .column {min-width: 0} #side {position: sticky; top: 16px; align-self: flex-start}}
-@media (max-width: 900px) {.split {flex-direction: column} .split > .column {width: 100% !important; min-width: 0 !important; flex: none !important} #head .keys {display: none}}
-@media (prefers-reduced-motion: reduce) {* {animation: none !important; transition: none !important}}
-"""
 
-KEYS = """
-() => {
-  const shown = (id) => { const b = document.querySelector(id); return b && b.offsetParent !== null ? b : null };
-  const sheet = document.createElement('dialog');
-  sheet.id = 'keys';
-  sheet.setAttribute('aria-label', 'keyboard');
-  sheet.innerHTML = '<h2>Keyboard</h2><table><tr><td><kbd>s</kbd></td><td>sample</td></tr><tr><td><kbd>r</kbd></td><td>new seed and sample</td></tr>' +
-    '<tr><td><kbd>Tab</kbd></td><td>next control</td></tr><tr><td><kbd>?</kbd></td><td>this sheet</td></tr><tr><td><kbd>Esc</kbd></td><td>close</td></tr></table>' +
-    '<form method="dialog"><button>Close</button></form>';
-  document.body.appendChild(sheet);
-  document.addEventListener('click', (e) => {
-    if (e.target.matches('input[role=combobox]:not([readonly])')) e.target.select();
-    if (window.innerWidth <= 900 && e.target.closest('#sample, #reseed')) document.querySelector('#numbers').scrollIntoView({behavior: 'smooth', block: 'start'});
-  });
-  document.addEventListener('keydown', (e) => {
-    if (e.ctrlKey || e.metaKey || e.altKey || e.repeat) return;
-    const el = e.target;
-    const typing = el.isContentEditable || el.tagName === 'TEXTAREA' || el.tagName === 'SELECT' || (el.tagName === 'INPUT' && !['range', 'radio', 'checkbox'].includes(el.type));
-    if (typing || sheet.open) return;
-    if (e.key === '?') { sheet.showModal(); e.preventDefault(); }
-    const button = {s: '#sample', r: '#reseed'}[e.key];
-    if (button && shown(button)) { shown(button).click(); e.preventDefault(); }
-  });
-}
-"""
-
+# The page
 
 def build() -> gr.Blocks:
     "The page and its wiring; nothing is launched."
     page = gr.Blocks(title="cudlab explorer", analytics_enabled=False, fill_width=True)
     solve = dict(concurrency_id="solve", concurrency_limit=1)
     quick = dict(queue=True, show_progress="hidden", concurrency_limit=8)
+    usual = [f.default for f in fields(Ask)]
     with page:
         gr.HTML("<header id='head'><h1>cudlab</h1><p>Few-step sampling, one network call at a time.</p>"
-                "<span class='keys'><kbd>s</kbd> sample &ensp;<kbd>r</kbd> new seed &ensp;<kbd>?</kbd> help</span></header>")
-        with gr.Row(equal_height=False, elem_classes="split"):
-            with gr.Column(scale=1, min_width=288, elem_classes="aside"):
-                found = menu()
-                run = gr.Dropdown(found, value=preferred(), label="Run", elem_id="run", filterable=len(found) > 8)
-            with gr.Column(scale=3, min_width=300):
+                "<button id='help' type='button'><kbd>?</kbd> keyboard</button></header>")
+        with gr.Row(equal_height=False, elem_classes="split", elem_id="work"):
+            with gr.Column(scale=1, min_width=288, elem_id="side", elem_classes="aside"):
+                run = gr.Dropdown(menu(), value=preferred(), label="Run", elem_id="run", filterable=True)
                 line = gr.HTML(elem_id="line")
-        with gr.Tabs():
-            with gr.Tab("Sample", id="sample"):
-                with gr.Row(equal_height=False, elem_classes="split"):
-                    with gr.Column(scale=1, min_width=288, elem_id="side", elem_classes="aside"):
-                        solver = gr.Dropdown(offered(SOLVERS), value="euler", label="Solver", elem_id="solver")
-                        with gr.Group():
-                            by = gr.Radio(["steps", "NFE"], value="steps", label="Count in", info="steps are moves; NFE are network calls per sample")
-                            amount = gr.Slider(1, 64, value=8, step=1, label="How many")
-                        price = gr.HTML(cost("euler", "steps", 8))
-                        grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", filterable=False, elem_id="grid")
-                        seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
-                        count = gr.Slider(1, MOST["count"], value=8, step=1, label="Samples")
-                        label = gr.Dropdown([ANY], value=ANY, label="Class", visible=False)
-                        guidance = gr.Slider(0, 8, value=1.0, step=0.1, label="Guidance", info="1 is none", visible=False)
-                        with gr.Accordion("Network and last moves", open=False):
-                            weights = gr.Radio([("average (EMA)", "ema"), ("raw", "raw")], value="ema", label="Weights")
-                            head = gr.Slider(1, 2, value=1, step=1, label="Head")
-                            lower = gr.Radio(list(LOWER), value="auto", label="Lower order in the last moves", info="auto is as the solver's authors do")
-                            denoise = gr.Checkbox(True, label="Last move to t = 0", info="off ends at the smallest noise level; NFE may change")
-                        with gr.Row(elem_classes="buttons"):
-                            go = gr.Button("Sample", variant="primary", elem_id="sample", scale=2, min_width=90, size="md")
-                            reseed = gr.Button("New seed", elem_id="reseed", min_width=90, size="md")
-                            stop = gr.Button("Stop", elem_id="stop", min_width=60, size="md")
-                    with gr.Column(scale=3, min_width=300):
+                with gr.Column(elem_id="form"):
+                    solver = gr.Dropdown(offered(SOLVERS), value="euler", label="Solver", elem_id="solver")
+                    with gr.Group():
+                        by = gr.Radio(["steps", "NFE"], value="steps", label="Count in", info="steps are moves; NFE are network calls per sample")
+                        amount = gr.Slider(1, 64, value=8, step=1, label="How many", elem_id="amount")
+                    price = gr.HTML(cost("euler", "steps", 8))
+                    grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", filterable=False, elem_id="grid")
+                    seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
+                    count = gr.Slider(1, MOST["count"], value=8, step=1, label="Samples")
+                    label = gr.Dropdown([ANY], value=ANY, label="Class", visible=False)
+                    guidance = gr.Slider(0, 8, value=1.0, step=0.1, label="Guidance", info="1 is none", visible=False)
+                    with gr.Accordion("Network and last moves", open=False):
+                        weights = gr.Radio([("average (EMA)", "ema"), ("raw", "raw")], value="ema", label="Weights")
+                        head = gr.Slider(1, 2, value=1, step=1, label="Head")
+                        lower = gr.Radio(list(LOWER), value="auto", label="Lower order in the last moves", info="auto is as the solver's authors do")
+                        denoise = gr.Checkbox(True, label="Last move to t = 0", info="off ends at the smallest noise level; NFE may change")
+                    with gr.Row(elem_classes="buttons"):
+                        go = gr.Button("Sample", variant="primary", elem_id="sample", scale=2, min_width=90, size="md")
+                        reseed = gr.Button("New seed", elem_id="reseed", min_width=90, size="md")
+                        stop = gr.Button("Stop", elem_id="stop", min_width=60, size="md")
+            with gr.Column(scale=3, min_width=300):
+                with gr.Tabs(elem_id="views") as views:
+                    with gr.Tab("Trajectory", id="trajectory"):
                         done = gr.HTML(elem_id="numbers")
-                        film = gr.HTML(elem_id="film")
-                        paths = gr.Plot(label="Paths", show_label=False, visible=False, elem_id="paths")
+                        film = gr.HTML("", html_template="<div class='stagehand'></div>", js_on_load="new cudlab.Reel(element, props, watch)", elem_id="film")
+                        plane = gr.Plot(label="Points in motion", show_label=False, visible=False, elem_id="motion")
+                        with gr.Row(elem_classes="buttons measuring"):
+                            check = gr.Button("Measure errors", elem_id="errors", size="md", min_width=150, scale=0)
+                            checked = gr.HTML("<p class='caption'>Against the flow's own way (Heun, 64 steps) and move by move.</p>", elem_id="checked")
+                        with gr.Column() as box:
+                            gr.HTML("<h2 class='group-name'>paths in the plane of their principal components</h2>")
+                            with gr.Row(equal_height=False):
+                                chosen = gr.Textbox("all", label="Samples drawn", info="all, or numbers as 1, 3, 4", max_length=200, scale=1, min_width=160, elem_id="chosen")
+                                dims = gr.Radio(["2-D", "3-D"], value="2-D", label="Dimensions", scale=1, min_width=140)
+                            paths = gr.Plot(label="Paths", show_label=False, elem_id="paths")
+                    with gr.Tab("Velocity", id="velocity"):
+                        panels = gr.Plot(label="Every quantity of each move", show_label=False, elem_id="panels")
+                        with gr.Row(elem_classes="buttons measuring"):
+                            check_too = gr.Button("Measure errors", size="md", min_width=150, scale=0)
+                            gr.HTML("<p class='caption'>Adds the local error of each move and the distance from the reference.</p>")
+                        moved = gr.HTML(elem_id="moved")
+                        gr.HTML("<h2 class='group-name'>schedule</h2>")
+                        schedule = gr.Plot(label="Schedule", show_label=False, elem_id="schedule")
+                    with gr.Tab("Trade-off", id="trade-off") as tradeoff_tab:
                         with gr.Row(equal_height=False, elem_classes="split"):
-                            with gr.Column(min_width=300):
-                                gr.HTML("<h2 class='group-name'>velocity of each move</h2>")
-                                velocity = gr.Plot(label="Velocity of each move", show_label=False, elem_id="velocity")
-                            with gr.Column(min_width=300):
-                                gr.HTML("<h2 class='group-name'>schedule</h2>")
-                                schedule = gr.Plot(label="Schedule", show_label=False, elem_id="schedule")
+                            with gr.Column(scale=1, min_width=288, elem_classes="aside"):
+                                t_runs = gr.Dropdown([], value=[], multiselect=True, label="Runs", info="a teacher stands beside its student", elem_id="t-runs")
+                                t_solvers = gr.Dropdown([], value=[], multiselect=True, label="Solvers", info="AB2, DPM++ and UniPC are the baselines", elem_id="t-solvers")
+                                t_value = gr.Dropdown(list(tradeoff.VALUES), value="fd", label="Score", filterable=False, elem_id="t-value")
+                                t_axis = gr.Radio(list(tradeoff.AXES), value="NFE", label="Against")
+                                t_grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", info="native is the one of each solver's authors", filterable=False, elem_id="t-grid")
+                                t_nfe = gr.Textbox(tradeoff.BUDGETS, label="NFE", info="network calls per sample, with commas", max_length=200)
+                                t_n = gr.Slider(100, 5000, value=2000, step=100, label="Samples per score")
+                                t_seeds = gr.Textbox("0", label="Seeds", info="three or more give an interval", max_length=100)
+                                with gr.Row(elem_classes="buttons"):
+                                    fill = gr.Button("Measure missing points", variant="primary", elem_id="measure", scale=2, min_width=170, size="md")
+                                    halt = gr.Button("Stop", elem_id="halt", min_width=60, size="md")
+                                progress = gr.HTML(elem_id="progress", min_height=60)
+                            with gr.Column(scale=3, min_width=300):
+                                chart = gr.Plot(label="Quality against cost", show_label=False, elem_id="chart")
+                                caption = gr.HTML(elem_id="caption")
+                                scores = gr.HTML(elem_id="scores")
+                                with gr.Accordion("The same as a job", open=False):
+                                    t_job = gr.Code(language="shell", show_label=False, interactive=False)
+                                with gr.Row(elem_classes="buttons"):
+                                    gr.Button("SVG", size="sm", min_width=60, scale=0).click(None, None, None, js="() => cudlab.svg('chart', 'trade-off.svg')", api_name=False)
+                    with gr.Tab("Compare", id="compare"):
+                        contest = []
+                        with gr.Row(equal_height=False, elem_id="contest-form"):
+                            for letter in compare.LETTERS:
+                                with gr.Column(min_width=200, elem_classes="contestant"):
+                                    gr.HTML(f"<h2 class='group-name'>{letter}</h2>")
+                                    contest += [gr.Dropdown([("none", compare.NONE)], value=compare.NONE, label=f"Run {letter}", show_label=False, elem_id=f"run-{letter.lower()}"),
+                                                gr.Dropdown(measurable(), value="euler", label=f"Solver {letter}", show_label=False, elem_id=f"solver-{letter.lower()}"),
+                                                gr.Number(4, label=f"NFE {letter}", precision=0, minimum=1)]
+                                    with gr.Accordion("Grid, weights, head", open=False):
+                                        contest += [gr.Dropdown([*GRIDS, NATIVE], value="uniform", label=f"Grid {letter}", filterable=False),
+                                                    gr.Radio(["ema", "raw"], value="ema", label=f"Weights {letter}"), gr.Number(1, label=f"Head {letter}", precision=0, minimum=1)]
+                        with gr.Row(elem_classes="buttons"):
+                            c_seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, scale=1)
+                            c_count = gr.Slider(1, MOST["count"], value=16, step=1, label="Samples", min_width=180, scale=2)
+                            fight = gr.Button("Compare", variant="primary", elem_id="contest", min_width=110, size="md", scale=1)
+                            pause = gr.Button("Stop", min_width=60, size="md", scale=0)
+                        c_numbers = gr.HTML(elem_id="c-numbers")
+                        arena = gr.HTML("", html_template="<div class='stagehand'></div>", js_on_load="new cudlab.Arena(element, props, watch)", elem_id="arena")
+                        c_plane = gr.Plot(label="Where the columns end", show_label=False, elem_id="c-plane", visible=False)
+                        c_table = gr.HTML(elem_id="c-table")
                         with gr.Accordion("The same in Python", open=False):
-                            code = gr.Code(language="python", show_label=False, interactive=False)
-            with gr.Tab("Quality", id="quality") as quality_tab:
-                with gr.Row(equal_height=False, elem_classes="split"):
-                    with gr.Column(scale=1, min_width=288, elem_classes="aside"):
-                        q_solver = gr.Dropdown(offered(s for s in SOLVERS if SOLVERS[s].calls), value="euler", label="Solver", elem_id="q-solver")
-                        q_grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", info="native is the one of the solver's authors", filterable=False, elem_id="q-grid")
-                        q_nfe = gr.Textbox(BUDGETS, label="NFE", info="network calls per sample, with commas", max_length=200)
-                        against = gr.Dropdown([], value=[], multiselect=True, label="Compare with", info="other runs on the same data, with this solver and grid", elem_id="against")
-                        q_n = gr.Slider(100, 5000, value=2000, step=100, label="Samples per score")
-                        q_seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
-                        with gr.Row():
-                            fill = gr.Button("Measure missing points", variant="primary", elem_id="measure", scale=2, min_width=170, size="md")
-                            halt = gr.Button("Stop", elem_id="halt", min_width=60, size="md")
-                        progress = gr.HTML(elem_id="progress", min_height=60)
-                    with gr.Column(scale=3, min_width=300):
-                        chart = gr.Plot(label="Quality against NFE", show_label=False, elem_id="chart")
-                        caption = gr.HTML(elem_id="caption")
-                        scores = gr.HTML(elem_id="scores")
-            with gr.Tab("Run", id="about") as about_tab:
-                facts = gr.HTML(elem_id="facts")
-                gr.HTML("<h2 class='group-name'>training</h2>")
-                loss = gr.Plot(label="Training", show_label=False, elem_id="loss")
-                made = gr.Code(language="shell", lines=1, label="Command that makes this run", interactive=False)
-                with gr.Accordion("Configuration", open=False):
-                    config = gr.HTML()
-                everything = gr.HTML(shelf(), elem_id="shelf")
+                            c_code = gr.Code(language="python", show_label=False, interactive=False)
+                    with gr.Tab("Runs", id="runs") as runs_tab:
+                        opens = browser.build(run, runs_tab)
+                    with gr.Tab("Live", id="live") as live_tab:
+                        live.build(live_tab)
+                with gr.Accordion("Share what is on screen", open=False, elem_id="share"):
+                    gr.HTML("<label class='link'><span class='group-name'>link</span><input data-link readonly aria-label='link to this view'></label>")
+                    code = gr.Code(language="python", label="The same in Python", interactive=False)
+                    job = gr.Code(language="shell", lines=1, label="The score of this point as a job", interactive=False)
+                    with gr.Row(elem_classes="buttons"):
+                        files = {kind: gr.Button(kind.upper(), size="sm", min_width=60, scale=0) for kind in ("png", "gif", "csv")}
+                        gr.Button("SVG of the charts", size="sm", min_width=140, scale=0).click(None, None, None, js="() => ['paths', 'motion', 'panels', 'schedule'].forEach((id) => cudlab.svg(id, id + '.svg'))", api_name=False)
+                    file, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
 
         form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance, lower, denoise]
-        shown = [film, paths, velocity, schedule, done, code]
+        shown = [film, plane, paths, panels, schedule, done, moved, code]
         decides = [by, amount, grid, weights, lower, denoise, head, guidance]
-        fits = [line, against, label, count, paths, film, solver, q_solver, q_grid, q_nfe, *decides]
-        sampling = dict(fn=sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
-        first = page.load(arrived, None, [run, everything, *fits], api_name="runs", **quick).success(**sampling | dict(fn=greeted), api_visibility="private")
+        fits = [line, label, count, plane, film, box, solver, *decides, t_runs, t_solvers]
+        sampling = dict(fn=trajectory.sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
+        charted = [t_value, t_axis, t_grid, t_nfe, t_n, t_seeds]
+
+        first = page.load(arrived, None, [run, views, *fits, seed, *charted, c_seed, c_count, *contest], api_name="runs", **quick).success(**sampling | dict(fn=greeted), api_visibility="private")
         pressed = go.click(**sampling, api_name="sample")
         fresh = reseed.click(lambda: int.from_bytes(os.urandom(4), "big") % 1_000_000, None, seed, api_name="seed", **quick).success(**sampling, api_visibility="private")
-        refit = run.input(fitted, [run, solver, q_solver, q_nfe], fits, api_name="fit", preprocess=False, **quick)
+        refit = gr.on([run.input, opens], fitted, [run, solver, amount], fits, api_name="fit", preprocess=False, **quick)
         changed = refit.success(**sampling, api_visibility="private")
-        solver.input(decided, [run, solver], decides, api_name="decide", preprocess=False, **quick)
-        stop.click(None, None, None, cancels=[pressed, fresh, changed, first], api_name=False)
+        solver.input(decided, [run, solver, amount], decides, api_name="decide", preprocess=False, **quick)
         gr.on([c.change for c in (solver, by, amount, denoise)], cost, [solver, by, amount, denoise, run], price, preprocess=False, api_name="cost", **quick)
-        curves = [chart, caption, scores]
-        measuring = fill.click(measured, [run, q_solver, q_nfe, q_n, q_seed, against, q_grid], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
-        halt.click(None, None, None, cancels=[measuring], api_name=False)
-        drawing = dict(fn=curve, inputs=[run, against, q_solver, q_grid], outputs=curves, preprocess=False, **quick)
-        q_solver.input(budgeted, [run, q_solver, q_nfe], [q_grid, q_nfe], api_name="budget", preprocess=False, **quick)
-        gr.on([quality_tab.select, against.change, q_solver.input, q_grid.change], **drawing, api_name="scores")
-        about_tab.select(about, [run], [facts, loss, made, config], preprocess=False, api_name="about", **quick)
+        checking = gr.on([check.click, check_too.click], trajectory.errors, form, [film, panels, moved, checked], preprocess=False, api_name="errors", show_progress="hidden", **solve)
+        plane.change(None, plane, None, js=FRAMES, api_name=False)
+        stop.click(None, None, None, cancels=[pressed, fresh, changed, first, checking], api_name=False)
+        gr.on([chosen.submit, dims.input], trajectory.repathed, [chosen, dims, *form], paths, preprocess=False, api_name="paths", **quick)
+        for kind, button in files.items():
+            button.click(partial(trajectory.exported, kind), form, [file, file_name], preprocess=False, api_name=f"export_{kind}", **quick).success(
+                None, [file, file_name], None, js="(url, name) => { cudlab.save(url, name); }", api_name=False)
+
+        curves, choice = [chart, caption, scores], [t_runs, t_solvers, t_value, t_axis, t_grid]
+        drawing = dict(fn=tradeoff.scores, inputs=choice, outputs=curves, preprocess=False, **quick)
+        gr.on([tradeoff_tab.select, *(c.input for c in choice)], **drawing, api_name="scores")
         refit.success(**drawing, api_visibility="private")
-        run.input(about, [run], [facts, loss, made, config], preprocess=False, api_visibility="private", **quick)
+        measuring = fill.click(tradeoff.measured, [*choice, t_nfe, t_n, t_seeds], curves, preprocess=False, api_name="measure", show_progress="full", show_progress_on=progress, **solve)
+        halt.click(None, None, None, cancels=[measuring], api_name=False)
+        gr.on([tradeoff_tab.select, *(c.input for c in (t_runs, t_solvers, t_grid, t_nfe, t_n, t_seeds))], tradeoff.job, [t_runs, t_solvers, t_grid, t_nfe, t_n, t_seeds], t_job, preprocess=False, api_name="job", **quick)
+
+        columns = [c_seed, c_count, *contest]
+        fighting = fight.click(compare.compared, columns, [arena, c_plane, c_numbers, c_table], preprocess=False, api_name="compare", show_progress="hidden", **solve)
+        fighting.then(compare.script, columns, c_code, preprocess=False, api_visibility="private", **quick)
+        pause.click(None, None, None, cancels=[fighting], api_name=False)
+
+        remember = lambda triggers, inputs, js: gr.on(triggers, None, inputs, None, js=js, api_name=False)
+        remember([c.change for c in form], form, f"(...values) => {{ cudlab.form({json.dumps(NAMES)}, {json.dumps(usual)}, values); }}")
+        keys, plain = ("runs", "solvers", "value", "axis", "grid2", "nfe", "n", "seeds"), [None, None, "fd", "NFE", "uniform", tradeoff.BUDGETS, 2000, "0"]
+        remember([c.input for c in (t_runs, t_solvers, *charted)], [t_runs, t_solvers, *charted],
+                 f"(...values) => {{ cudlab.form({json.dumps(keys)}, {json.dumps(plain)}, values.map((v) => Array.isArray(v) ? v.join(' ') : v)); }}")
+        remember([c.input for c in columns], columns, f"(...values) => {{ cudlab.columns(values, {len(compare.COLUMN)}); }}")
+        refit.success(pointed, [run, solver, by, amount, grid, seed, denoise], job, preprocess=False, api_visibility="private", **quick)
+        gr.on([page.load, go.click, solver.input, amount.change, grid.change], pointed, [run, solver, by, amount, grid, seed, denoise], job, preprocess=False, api_name="point", **quick)
     return page.queue(max_size=32)
 
+
+def pointed(name, solver, by, amount, grid, seed, denoise=True) -> str:
+    "The command that scores what is on screen."
+    try:
+        ask = Ask(run=name, solver=solver, by=by, amount=amount, grid=grid, seed=seed, denoise=denoise)
+        made = entry(ask.solver, opened(ask.run))
+        nfe = made.calls(moves(ask.solver, made, ask.by, ask.amount, ask.denoise), ask.denoise) if made.calls else 1
+        return tradeoff.job([ask.run], [ask.solver], ask.grid, str(nfe), 2000, str(ask.seed))
+    except (ValueError, gr.Error):
+        return ""
+
+
+# The server
 
 def free_port(host: str, port: int) -> int:
     "The first free port from `port` on."
@@ -811,12 +419,22 @@ def warm() -> None:
         LOG.warning("the default run could not be warmed up: %s", sentence(e))
 
 
+def loopback(host: str) -> bool:
+    "Whether an address can be reached from this machine only."
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def main(argv: list = None) -> int:
     "Start the explorer and serve until interrupted."
-    parser = argparse.ArgumentParser(prog="explorer", description="Sample runs, watch every step, measure quality.")
+    parser = argparse.ArgumentParser(prog="explorer", description="Watch what every network call does and measure what it buys.")
     parser.add_argument("--port", type=int, help="default: port in settings.ini; the next free one is taken if it is busy")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; the default is this machine only")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; the default is this machine only, another one needs --auth")
     parser.add_argument("--runs", nargs="*", default=[], metavar="NAME", help="show only these runs")
+    parser.add_argument("--root-path", default="", metavar="PATH", help="the path under which a proxy serves this page, for example /lab")
+    parser.add_argument("--auth", default="", metavar="USER:PASSWORD", help="ask for this name and password; CUDLAB_AUTH in the environment does the same and is not seen in the list of processes")
     asked = parser.parse_args(argv)
     try:
         asked.port = settings().port if asked.port is None else asked.port
@@ -826,17 +444,27 @@ def main(argv: list = None) -> int:
                 raise ValueError(f"unknown run {name!r}{guess(name, names)}")
         if not 1 <= asked.port <= 65535:
             raise ValueError(f"port = {asked.port} is out of range: 1 to 65535")
+        user, colon, password = (asked.auth or os.environ.get("CUDLAB_AUTH", "")).partition(":")
+        if (user or colon) and not (user and password):
+            raise ValueError("auth is not USER:PASSWORD with both of them given")
+        if not loopback(asked.host) and not user:
+            raise ValueError(f"host = {asked.host!r} can be reached from other machines: give --auth USER:PASSWORD, or serve on 127.0.0.1")
+        if asked.root_path and not asked.root_path.startswith("/"):
+            raise ValueError(f"root-path = {asked.root_path!r} does not begin with /; for example /lab")
         port = free_port(asked.host, asked.port)
     except (ValueError, OSError) as e:
         print(f"explorer: {e}", file=sys.stderr)
         return 2
     ONLY[:] = asked.runs
+    live.ALLOWED = loopback(asked.host)
     use_threads()
     if port != asked.port:
         print(f"port {asked.port} is busy, using {port} instead", flush=True)
     page = build()
+    script = f"<script>{(HERE / 'explorer.js').read_text()}</script>"
     _, address, _ = page.launch(server_name=asked.host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True, show_error=False,
-                                theme=THEME, css=CSS, js=KEYS, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=False)
+                                theme=THEME, css=(HERE / "explorer.css").read_text(), head=script, js="() => cudlab.start()", footer_links=[], run_history=False, enable_monitoring=False,
+                                ssr_mode=False, mcp_server=False, root_path=asked.root_path or None, auth=(user, password) if user else None, max_file_size="1kb")
     threading.Thread(target=warm, daemon=True).start()
     print(f"explorer ready at {address}  (Ctrl-C stops it)", flush=True)
     try:

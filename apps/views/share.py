@@ -1,0 +1,76 @@
+"Share: the whole view in the query of the address, checked when it comes back."
+from dataclasses import dataclass
+from dataclasses import fields
+
+from cudlab.core import Args
+from cudlab.core import spec
+from views.ask import Ask
+from views.compare import COLUMN
+from views.compare import LETTERS
+from views.compare import NONE
+from views.tradeoff import BUDGETS
+from views.tradeoff import Chart
+
+LONGEST = 2048
+VIEWS = ("trajectory", "velocity", "trade-off", "compare", "runs", "live")
+
+
+@dataclass
+class View(Args):
+    "What the address may say beside the form: which view, and what Trade-off and Compare show."
+    view: str = spec("trajectory", "the open view", choices=VIEWS)
+    runs: str = spec("", "runs of the trade-off, with spaces")
+    solvers: str = spec("", "solvers of the trade-off, with spaces")
+    value: str = spec("fd", "see Chart")
+    axis: str = spec("NFE", "see Chart")
+    grid2: str = spec("uniform", "grid of the trade-off")
+    nfe: str = spec(BUDGETS, "budgets of the trade-off")
+    n: int = spec(2000, "samples of a score")
+    seeds: str = spec("0", "seeds of the trade-off")
+    a: str = spec("", "column of the comparison: run~solver~NFE~grid~weights~head")
+    b: str = spec("", "see a")
+    c: str = spec("", "see a")
+    d: str = spec("", "see a")
+    seed2: int = spec(0, "seed of the comparison")
+    count2: int = spec(16, "samples of the comparison")
+
+
+def typed(text: str, kind):
+    "A value of the address as the type a field wants; what cannot be read stays text, for the check to name."
+    kind = kind if isinstance(kind, str) else kind.__name__
+    try:
+        return {"int": int, "float": float, "bool": lambda t: {"true": True, "false": False}[t.lower()]}.get(kind, str)(text)
+    except (ValueError, KeyError):
+        return text
+
+
+def understood(query: dict) -> tuple:
+    "What an address asks for: ({field: value}, [complaints]); unknown keys are let pass, bad values left out."
+    found, wrong = {}, []
+    if sum(len(str(k)) + len(str(v)) + 2 for k, v in query.items()) > LONGEST:
+        return {}, [f"the address is longer than {LONGEST} characters and was not read"]
+    for kind in (Ask, View):
+        for f in fields(kind):
+            if f.name in query:
+                value = typed(str(query[f.name]), f.type)
+                try:
+                    kind(**{f.name: value})
+                    if f.name in ("value", "axis", "n"):
+                        Chart(**{f.name: value})
+                    found[f.name] = value
+                except ValueError as e:
+                    wrong.append(str(e))
+    return found, wrong
+
+
+def column(text: str) -> dict:
+    "A column of the comparison from the address: {} if it is not one."
+    parts = text.split("~")
+    if len(parts) != len(COLUMN):
+        return {}
+    return {k: int(v) if k in ("amount", "head") and v.isdecimal() else v for k, v in zip(COLUMN, parts)}
+
+
+def columns(found: dict) -> list:
+    "All four columns the address asks for; `none` where it does not."
+    return [column(found.get(letter.lower(), "")) or {"run": NONE} for letter in LETTERS]
