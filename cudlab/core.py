@@ -63,6 +63,8 @@ def checked(
 ):
     "`value` as `kind`, within its range and choices, or a `ValueError` that names all three."
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise ValueError(f"{key} is out of range: a number of {value.bit_length()} bits")
     if kind is float and number:
         value = float(value)
     elif kind is int and number and math.isfinite(value) and value == int(value):

