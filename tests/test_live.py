@@ -66,7 +66,7 @@ def test_a_job_from_start_over_stop_to_the_end(lab):
     assert 0 < at["saved"] <= at["step"] < at["of"] == 4000 and at["left"] > 0
     os.kill(at["pid"], 0)
     figures, loss, drawn, _, caption, _ = live.view(name)
-    assert "running" in figures and len(loss.data) == 2 and "<circle" in drawn and "Nothing is measured" in caption
+    assert "running" in figures and len(json.loads(loss)["data"]) == 2 and "<circle" in drawn and "Nothing is measured" in caption
     assert "being trained" in refusal(live.start, f"{LONG.replace('1000000', '4000')} name=first")
     assert live.stop(name) == name
     at = reached(name, "stopped")

@@ -255,17 +255,17 @@ def measured(run: Run):
 
 
 def view(name) -> tuple:
-    "Everything shown of a job: state, loss, samples, quality, its caption, the log."
+    "Everything shown of a job: state, loss as a figure in JSON, samples, quality, its caption, the log."
     if not name:
-        return "<p class='caption'>No job yet.</p>", None, "", gr.update(value=None, visible=False), "", ""
+        return "<p class='caption'>No job yet.</p>", "", "", gr.update(value=None, visible=False), "", ""
     at = state(name)
     log = f"<pre class='log' tabindex='0' aria-label='last lines of the job'>{html.escape(chr(10).join(at['log']))}</pre>" if at["log"] else ""
     if at["of"] is None:
-        return told(at), None, "", gr.update(value=None, visible=False), "", log
+        return told(at), "", "", gr.update(value=None, visible=False), "", log
     with in_words():
         folder = known(name).path
         run, stat = Run(folder), (folder / "MANIFEST.json").stat()
-        loss = plot.training(run.metrics).update_layout(uirevision=name) if run.metrics else None
+        loss = plot.training(run.metrics).update_layout(uirevision=name).to_json() if run.metrics else ""
         try:
             drawn = samples(str(folder), run.step, (stat.st_mtime_ns, stat.st_size, stat.st_ino)) if run.step else "<p class='caption'>No checkpoint yet.</p>"
         except ValueError as e:
@@ -305,6 +305,18 @@ def chosen(name=None) -> tuple:
 
 # The page
 
+# gr.Plot makes a new chart of every value, and the zoom is gone; this one changes the chart it has.
+CHART = """
+const box = element.querySelector('.chart');
+const draw = () => {
+  if (!window.Plotly) return void setTimeout(draw, 300);
+  if (!props.value) return void window.Plotly.purge(box);
+  const figure = JSON.parse(props.value);
+  window.Plotly.react(box, figure.data, {...figure.layout, autosize: true}, {responsive: true});
+};
+watch('value', draw);
+draw();
+"""
 CSS = "<style>pre.log {font-family: var(--font-mono); font-size: 12px; line-height: 1.5; overflow: auto; max-height: 260px; margin: 0; color: var(--body-text-color-subdued); white-space: pre}</style>"
 
 
@@ -324,7 +336,7 @@ def build(
             gr.HTML("" if ALLOWED else f"<p class='caption'>{html.escape(OFF[0].upper() + OFF[1:])}.</p>")
         with gr.Column(scale=3, min_width=300):
             facts = gr.HTML(elem_id="job-facts")
-            loss = gr.Plot(label="Training loss", show_label=False, elem_id="job-loss")
+            loss = gr.HTML("", html_template="<div class='chart' role='img' aria-label='training loss'></div>", js_on_load=CHART, elem_id="job-loss")
             gr.HTML("<h2 class='group-name'>samples on fixed noise</h2>")
             drawn = gr.HTML(elem_id="job-samples")
             gr.HTML("<h2 class='group-name'>quality of the newest average</h2>")
