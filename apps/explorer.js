@@ -302,7 +302,9 @@ window.cudlab = (() => {
     }
   }
   function start() {
-    new MutationObserver(view).observe(document.body, {subtree: true, attributes: true, attributeFilter: ['aria-selected']});
+    let due = false;
+    new MutationObserver(() => { if (!due) { due = true; requestAnimationFrame(() => { due = false; view(); }); } })
+      .observe(document.querySelector('#views') || document.body, {subtree: true, childList: true, attributes: true, attributeFilter: ['aria-selected']});
     view();
     put({});
     const sheet = make('dialog', {id: 'keys', ariaLabel: 'keyboard'});

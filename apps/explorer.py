@@ -20,17 +20,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gradio as gr
-
-from cudlab.core import guess
-from cudlab.core import settings
-from cudlab.core import use_threads
-from cudlab.dode import NATIVE
-from cudlab.path import GRIDS
-from cudlab.plot import FRAMES
-from cudlab.run import Run
-from cudlab.run import runs
-from cudlab.solver import SOLVERS
-from cudlab.solver import Solver
 from views import compare
 from views import live
 from views import runs as browser
@@ -56,6 +45,17 @@ from views.ask import opened
 from views.ask import possible
 from views.ask import preferred
 from views.ask import sentence
+
+from cudlab.core import guess
+from cudlab.core import settings
+from cudlab.core import use_threads
+from cudlab.dode import NATIVE
+from cudlab.path import GRIDS
+from cudlab.plot import FRAMES
+from cudlab.run import Run
+from cudlab.run import runs
+from cudlab.solver import SOLVERS
+from cudlab.solver import Solver
 
 HERE = Path(__file__).resolve().parent
 LOG = logging.getLogger("cudlab.explorer")
