@@ -446,6 +446,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cudlab.run.look': ('run.html#look', 'cudlab/run.py'),
                             'cudlab.run.main': ('run.html#main', 'cudlab/run.py'),
                             'cudlab.run.method_of': ('run.html#method_of', 'cudlab/run.py'),
+                            'cudlab.run.packed': ('run.html#packed', 'cudlab/run.py'),
                             'cudlab.run.parameters': ('run.html#parameters', 'cudlab/run.py'),
                             'cudlab.run.place': ('run.html#place', 'cudlab/run.py'),
                             'cudlab.run.provenance': ('run.html#provenance', 'cudlab/run.py'),
