@@ -268,6 +268,7 @@ window.cudlab = (() => {
       const item = this.items[this.pair[this.on ? 1 : 0]];
       this.label.textContent = `${item.letter} ${item.name}`;
     }
+    keep() { (this.items || []).forEach((item) => save(item.src, `${item.letter}.png`)); }
     stop() { clearInterval(this.timer); this.timer = null; }
   }
 

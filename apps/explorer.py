@@ -88,15 +88,16 @@ def bound(solver: Solver, run: Run) -> dict:
     return usual | dict(weights="ema", amount=len(solver.ts) - 1, grid=solver.grid, head=solver.made_for["head"], guidance=solver.made_for["guidance"]) if solver.ts else {}
 
 
-def settled(solver: Solver, run: Run, amount=None) -> list:
-    "Updates for the controls in BOUND: what is decided is set and locked, the rest is free; a lone step left over from a one-step run grows."
-    values = bound(solver, run)
-    free = {"head": dict(maximum=max(run.heads, 2)), "guidance": dict(visible=bool(labels(run)) and not run.fixed)}
-    if not values and amount == 1:
-        free["amount"] = dict(value=run.own["steps"])
-    alone = {"head": run.heads < 2}
-    return [gr.update(interactive=key not in values and not alone.get(key, False), **free.get(key, {}), **({"value": values[key]} if key in values else {"value": 1} if alone.get(key) else {}))
-            for key in BOUND]
+def settled(solver: Solver, run: Run, amount=None, wanted: dict = None) -> list:
+    "Updates for the controls in BOUND: what is decided is set and locked, what is wanted is set; a lone step left over from a one-step run grows."
+    held, wanted = bound(solver, run), wanted or {}
+    if amount == 1 and not held:
+        wanted = {"amount": run.own["steps"]} | wanted
+    if run.heads == 1:
+        held = {"head": 1} | held
+    more = {"head": dict(maximum=max(run.heads, 2)), "guidance": dict(visible=bool(labels(run)) and not run.fixed)}
+    value = lambda key: {"value": held[key]} if key in held else {"value": wanted[key]} if key in wanted else {}
+    return [gr.update(interactive=key not in held, **value(key), **more.get(key, {})) for key in BOUND]
 
 
 def decided(name, solver, amount=None) -> tuple:
@@ -106,20 +107,22 @@ def decided(name, solver, amount=None) -> tuple:
         return tuple(settled(entry(Ask(solver=solver).solver, run), run, amount))
 
 
-def fitted(name, solver="", amount=None) -> tuple:
+def fitted(name, solver="", amount=None, wanted: dict = None) -> tuple:
     "The controls that depend on the run: a line about it, classes, samples, what is drawn, solvers and what they decide, and the trade-off's choice."
     with in_words():
-        run = opened(name)
+        run, wanted = opened(name), wanted or {}
         done = f"{run.step:,} training steps" if run.method.product == "net" else f"a solver for the network of <b>{html.escape(run.info['teacher']['name'])}</b>"
         line = (f"<p class='about'><b>{html.escape(run.config.method)}</b> on <b>{html.escape(run.config.data)}</b>, {done}, "
                 f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}{', one call a sample' if run.fixed else ''}</p>")
-        names = possible(run)
-        solver = kept(run, names, solver)
+        names, plane = possible(run), flat(run)
+        solver = wanted["solver"] if wanted.get("solver") in names else kept(run, names, solver)
         theirs, with_solvers = tradeoff.beside(run)
-        everyone = [r for _, r in menu()]
-        return (line, gr.update(choices=[ANY, *labels(run)], value=ANY, visible=bool(labels(run))), gr.update(value=64 if flat(run) else 8),
-                gr.update(visible=flat(run)), gr.update(visible=not flat(run)), gr.update(visible=not flat(run)), gr.update(choices=offered(names), value=solver),
-                *settled(entry(solver, run), run, amount), gr.update(choices=everyone, value=theirs), gr.update(choices=measurable(), value=with_solvers))
+        everyone, countable = [r for _, r in menu()], measurable()
+        among = lambda key, names, usual, most: [n for n in wanted[key].split()[:most] if n in names] or usual if key in wanted else usual
+        return (line, gr.update(choices=[ANY, *labels(run)], value=wanted.get("label", ANY), visible=bool(labels(run))), gr.update(value=wanted.get("count", 64 if plane else 8)),
+                gr.update(visible=plane), gr.update(visible=not plane), gr.update(visible=not plane), gr.update(choices=offered(names), value=solver),
+                *settled(entry(solver, run), run, amount, wanted), gr.update(choices=everyone, value=among("runs", everyone, theirs, 24)),
+                gr.update(choices=countable, value=among("solvers", [n for _, n in countable], with_solvers, 12)))
 
 
 def measurable() -> list:
@@ -132,7 +135,7 @@ def greeted(*form):
     if form[0]:
         yield from trajectory.sampled(*form)
     else:
-        yield tuple(gr.skip() for _ in range(8))
+        yield tuple(gr.skip() for _ in range(9))
 
 
 FITS = 9 + len(BOUND)
@@ -151,34 +154,13 @@ def arrived(request: gr.Request = None) -> tuple:
         if chosen is None:
             line = "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>"
             return gr.update(choices=[], value=None), gr.skip(), line, *[gr.skip()] * (FITS - 1 + 3 + 6 + 26)
-        fits = list(fitted(chosen, found.get("solver", "")))
-        run = opened(chosen)
-        names = possible(run)
-        if "solver" in found and found["solver"] not in names:
+        if "solver" in found and found["solver"] not in possible(opened(chosen)):
             gr.Warning(html.escape(f"In the address: {found['solver'][:60]!r} is not a solver for {chosen}"), duration=8)
-        if found.get("solver") in names:
-            solver = found["solver"]
-            fits[6] = gr.update(choices=offered(names), value=solver)
-            fits[7 : 7 + len(BOUND)] = settled(entry(solver, run), run)
-            locked = bound(entry(solver, run), run)
-        else:
-            locked = bound(entry(kept(run, names, ""), run), run)
-        for k, key in enumerate(BOUND):
-            if key in found and key not in locked:
-                fits[7 + k] = gr.update(**{a: b for a, b in fits[7 + k].items() if a != "__type__"} | {"value": found[key]})
-        for k, key in ((1, "label"), (2, "count")):
-            if key in found:
-                fits[k] = gr.update(**{a: b for a, b in fits[k].items() if a != "__type__"} | {"value": found[key]})
-        seed = found.get("seed", settings().seed)
-        good = [r for _, r in menu()]
-        if "runs" in found:
-            fits[-2] = gr.update(choices=good, value=[r for r in found["runs"].split()[:24] if r in good] or [chosen])
-        if "solvers" in found:
-            known = [n for _, n in measurable()]
-            fits[-1] = gr.update(choices=offered(known), value=[s for s in found["solvers"].split()[:12] if s in known] or ["euler"])
+        if "label" in found and found["label"] not in (ANY, *labels(opened(chosen))):
+            gr.Warning(html.escape(f"In the address: class = {found.pop('label')[:40]!r} is not one of {chosen}"), duration=8)
         chart = [found.get(k, f.default) for k, f in ((f.name, f) for f in fields(share.View)) if k in ("value", "axis", "grid2", "nfe", "n", "seeds")]
         view = found.get("view", "trajectory")
-        return gr.update(choices=menu(), value=chosen), gr.update(selected=view), *fits, seed, *chart, *contestants(chosen, share.columns(found) if any(k in found for k in "abcd") else None, found)
+        return gr.update(choices=menu(), value=chosen), gr.update(selected=view), *fitted(chosen, wanted=found), found.get("seed", settings().seed), *chart, *contestants(chosen, share.columns(found) if any(k in found for k in "abcd") else None, found)
 
 
 def contestants(chosen: str, columns: list = None, found: dict = None) -> list:
@@ -271,6 +253,7 @@ def build() -> gr.Blocks:
                                 chosen = gr.Textbox("all", label="Samples drawn", info="all, or numbers as 1, 3, 4", max_length=200, scale=1, min_width=160, elem_id="chosen")
                                 dims = gr.Radio(["2-D", "3-D"], value="2-D", label="Dimensions", scale=1, min_width=140)
                             paths = gr.Plot(label="Paths", show_label=False, elem_id="paths")
+                            ends = gr.HTML(elem_id="path-ends")
                     with gr.Tab("Velocity", id="velocity"):
                         panels = gr.Plot(label="Every quantity of each move", show_label=False, elem_id="panels")
                         with gr.Row(elem_classes="buttons measuring"):
@@ -301,6 +284,7 @@ def build() -> gr.Blocks:
                                 with gr.Accordion("The same as a job", open=False):
                                     t_job = gr.Code(language="shell", show_label=False, interactive=False)
                                 with gr.Row(elem_classes="buttons"):
+                                    t_csv = gr.Button("CSV", size="sm", min_width=60, scale=0)
                                     gr.Button("SVG", size="sm", min_width=60, scale=0).click(None, None, None, js="() => cudlab.svg('chart', 'trade-off.svg')", api_name=False)
                     with gr.Tab("Compare", id="compare"):
                         contest = []
@@ -323,6 +307,8 @@ def build() -> gr.Blocks:
                         arena = gr.HTML("", html_template="<div class='stagehand'></div>", js_on_load="new cudlab.Arena(element, props, watch)", elem_id="arena")
                         c_plane = gr.Plot(label="Where the columns end", show_label=False, elem_id="c-plane", visible=False)
                         c_table = gr.HTML(elem_id="c-table")
+                        with gr.Row(elem_classes="buttons"):
+                            gr.Button("PNG of the columns", size="sm", min_width=150, scale=0).click(None, None, None, js="() => cudlab.arena && cudlab.arena.keep()", api_name=False)
                         with gr.Accordion("The same in Python", open=False):
                             c_code = gr.Code(language="python", show_label=False, interactive=False)
                     with gr.Tab("Runs", id="runs") as runs_tab:
@@ -339,7 +325,7 @@ def build() -> gr.Blocks:
                     file, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
 
         form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance, lower, denoise]
-        shown = [film, plane, paths, panels, schedule, done, moved, code]
+        shown = [film, plane, paths, ends, panels, schedule, done, moved, code]
         decides = [by, amount, grid, weights, lower, denoise, head, guidance]
         fits = [line, label, count, plane, film, box, solver, *decides, t_runs, t_solvers]
         sampling = dict(fn=trajectory.sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
@@ -355,12 +341,14 @@ def build() -> gr.Blocks:
         checking = gr.on([check.click, check_too.click], trajectory.errors, form, [film, panels, moved, checked], preprocess=False, api_name="errors", show_progress="hidden", **solve)
         plane.change(None, plane, None, js=FRAMES, api_name=False)
         stop.click(None, None, None, cancels=[pressed, fresh, changed, first, checking], api_name=False)
-        gr.on([chosen.submit, dims.input], trajectory.repathed, [chosen, dims, *form], paths, preprocess=False, api_name="paths", **quick)
+        gr.on([chosen.submit, dims.input], trajectory.repathed, [chosen, dims, *form], [paths, ends], preprocess=False, api_name="paths", **quick)
         for kind, button in files.items():
             button.click(partial(trajectory.exported, kind), form, [file, file_name], preprocess=False, api_name=f"export_{kind}", **quick).success(
                 None, [file, file_name], None, js="(url, name) => { cudlab.save(url, name); }", api_name=False)
 
         curves, choice = [chart, caption, scores], [t_runs, t_solvers, t_value, t_axis, t_grid]
+        t_csv.click(tradeoff.exported, choice, [file, file_name], preprocess=False, api_name="export_scores", **quick).success(
+            None, [file, file_name], None, js="(url, name) => { cudlab.save(url, name); }", api_name=False)
         drawing = dict(fn=tradeoff.scores, inputs=choice, outputs=curves, preprocess=False, **quick)
         gr.on([tradeoff_tab.select, *(c.input for c in choice)], **drawing, api_name="scores")
         refit.success(**drawing, api_visibility="private")

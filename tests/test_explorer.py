@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,8 +123,8 @@ def test_the_film_grows_picture_by_picture(app, monkeypatch):
     head, lines = film(films[-1])
     assert (head["count"], head["steps"], head["w"]) == (3, 4, 8)
     assert [(x["k"], x["i"]) for x in lines] == [("x", 0)] + [p for i in range(4) for p in (("hat", i), ("v", i), ("x", i + 1))] + [("hat", 4)]
-    _, plane, paths, panels, schedule, numbers, table, code = pages[-1]
-    assert plane is None and figure(numbers, "NFE counted") == "4" and len(schedule.data) == 2 and len(panels.data) >= 10 and len(paths.data) >= 2
+    _, plane, paths, ends, panels, schedule, numbers, table, code = pages[-1]
+    assert plane is None and figure(numbers, "NFE counted") == "4" and len(schedule.data) == 2 and len(panels.data) >= 10 and len(paths.data) >= 2 and ends.count("<tr>") == 4
     assert table.count("<tr>") == 5
     space = {}
     exec(code, space)
@@ -181,8 +182,9 @@ def test_the_reference_of_a_student_is_its_teacher(app):
 
 
 def test_paths_of_chosen_samples(app):
-    some = app.trajectory.repathed("1, 3", "3-D", *GOOD.values())
-    assert some.data[0].type == "scatter3d" and len(app.trajectory.repathed("all", "2-D", *GOOD.values()).data[0].x) > len(app.trajectory.repathed("1", "2-D", *GOOD.values()).data[0].x)
+    some, rows = app.trajectory.repathed("1, 3", "3-D", *GOOD.values())
+    assert some.data[0].type == "scatter3d" and rows.count("<tr>") == 3
+    assert len(app.trajectory.repathed("all", "2-D", *GOOD.values())[0].data[0].x) > len(app.trajectory.repathed("1", "2-D", *GOOD.values())[0].data[0].x)
     for chosen, dims in (("4", "2-D"), ("0", "2-D"), ("x", "2-D"), ("1", "4-D"), ("1", None), ("9" * 500, "2-D")):
         complains(lambda: app.trajectory.repathed(chosen, dims, *GOOD.values()))  # noqa: B023
 
@@ -268,7 +270,7 @@ def test_every_solver_offered_samples(app):
     names = dict.fromkeys(ask.possible(ask.opened("moons-run")))
     assert len(names) == len(ask.SOLVERS) - 1 + 1 # flow-map needs a network of two times; moons-solver fits
     for name in [*names, "flow-map"]:
-        numbers = sample(app, run="moons-jumps" if name == "flow-map" else "moons-run", solver=name, amount=3, grid="native", count=2)[-1][5]
+        numbers = sample(app, run="moons-jumps" if name == "flow-map" else "moons-run", solver=name, amount=3, grid="native", count=2)[-1][6]
         calls = ask.entry(name).calls
         assert "not finite" not in numbers and (not calls or figure(numbers, "NFE counted") == str(calls(3))), name
 
@@ -276,10 +278,10 @@ def test_every_solver_offered_samples(app):
 def test_the_last_moves_are_as_asked(app):
     how = dict(solver="dpmpp-2s", amount=4, grid="native")
     usual, short = (sample(app, **how, denoise=d)[-1] for d in (True, False))
-    assert figure(usual[5], "NFE counted") == "7" and figure(short[5], "NFE counted") == "8" and "denoise=False" in short[7]
+    assert figure(usual[6], "NFE counted") == "7" and figure(short[6], "NFE counted") == "8" and "denoise=False" in short[8]
     films = {lower: sample(app, solver="ab3", lower_order_final=lower)[-1] for lower in ("auto", "yes", "no")}
     last = {lower: page[0].splitlines()[-1] for lower, page in films.items()}
-    assert last["auto"] == last["no"] != last["yes"] and "lower_order_final=True" in films["yes"][7] and "lower_order" not in films["auto"][7]
+    assert last["auto"] == last["no"] != last["yes"] and "lower_order_final=True" in films["yes"][8] and "lower_order" not in films["auto"][8]
 
 
 def named(app, updates):
@@ -309,7 +311,7 @@ def test_a_learned_solver_sets_and_locks_the_controls(app):
     assert own["solver"]["value"] == "moons-solver" and own["amount"]["value"] == 3 and "network of <b>moons-run" in own["line"]
     kept, gone = named(app, app.fitted("moons-run", "moons-solver")), named(app, app.fitted("digits-run", "moons-solver"))
     assert kept["solver"]["value"] == "moons-solver" and gone["solver"]["value"] == "euler"
-    assert sample(app, **LEARNED)[-1][5] and "solver='moons-solver'" in sample(app, **LEARNED | dict(run="moons-solver"))[-1][7]
+    assert sample(app, **LEARNED)[-1][6] and "solver='moons-solver'" in sample(app, **LEARNED | dict(run="moons-solver"))[-1][8]
 
 
 def test_a_one_step_student_locks_the_controls_and_refuses_the_rest(app):
@@ -320,14 +322,14 @@ def test_a_one_step_student_locks_the_controls_and_refuses_the_rest(app):
     assert back["amount"]["interactive"] and back["amount"]["value"] == ask.opened("moons-run").own["steps"]
     how = dict(run="moons-short", solver="euler", amount=1)
     page = sample(app, **how)[-1]
-    assert figure(page[5], "NFE counted") == "1" and "straight" not in page[5]
+    assert figure(page[6], "NFE counted") == "1" and "straight" not in page[6]
     for change in (dict(amount=3), dict(solver="heun"), dict(grid="edm"), dict(denoise=False)):
         assert "one call" in complains(lambda change=change: sample(app, **how | change)), change
 
 
 def test_a_network_of_two_times_opens_with_its_jumps(app):
     assert named(app, app.fitted("moons-jumps", "heun"))["solver"]["value"] == "flow-map"
-    assert figure(sample(app, run="moons-jumps", solver="flow-map", amount=3)[-1][5], "NFE counted") == "3"
+    assert figure(sample(app, run="moons-jumps", solver="flow-map", amount=3)[-1][6], "NFE counted") == "3"
     assert "one time only" in complains(lambda: sample(app, run="moons-run", solver="flow-map"))
 
 
@@ -389,6 +391,9 @@ def test_other_scores_and_the_time_axis(app):
 def test_the_job_measures_the_same(app):
     command = app.tradeoff.job(["digits-run"], ["euler", "ab2"], "uniform", "1, 2", 80, "0 1")
     assert command == "papermill nbs/evaluate.ipynb scores.ipynb -p run digits-run -p solvers 'euler ab2' -p nfes '1 2' -p seeds '0 1' -p n 80 -p grid uniform"
+    url, name = app.tradeoff.exported(["digits-run"], ["euler"])
+    assert name == "trade-off.csv" and b"extractor_hash" in base64.b64decode(url.partition(",")[2])
+    assert "nothing to save" in complains(lambda: app.tradeoff.exported(["moons-jumps"], ["euler"]))
     assert app.pointed("digits-run", "heun", "steps", 4, "uniform", 3).endswith("-p run digits-run -p solvers heun -p nfes 8 -p seeds 3 -p n 2000 -p grid uniform")
     assert app.pointed("nope", "heun", "steps", 4, "uniform", 3) == ""
 
@@ -477,6 +482,39 @@ def test_an_empty_lab_is_a_page_too(app, monkeypatch, tmp_path):
     assert "No run yet" in page[2] and len(page) == full
 
 
+# Runs
+
+def test_the_list_has_every_run_and_says_what_is_damaged(app):
+    rows = {row[0]: dict(zip(app.browser.HEADERS, row)) for row in app.browser.browse()}
+    assert set(rows) == {"digits-run", "damaged-run", "moons-run", "moons-solver", "moons-short", "moons-jumps"}
+    assert rows["damaged-run"]["state"].startswith("damaged: ema.safetensors") and rows["moons-run"]["steps"] == 20
+    assert [row[0] for row in app.browser.browse(method="distill")] == ["moons-short"] and {row[0] for row in app.browser.browse(data="digits", text="dam")} == {"damaged-run"}
+    for bad in (dict(method="nope"), dict(data=3), dict(text=["x"]), dict(text="x" * 300)):
+        complains(lambda bad=bad: app.browser.browse(**bad))
+    assert "aim" not in app.browser.apart(["moons-run", "moons-short"]) and "method" in app.browser.apart(["moons-run", "moons-short"])
+    assert "at most 6" in complains(lambda: app.browser.apart(["moons-run", *map(str, range(7))]))
+
+
+def test_a_run_tells_everything(app):
+    facts, loss, log, command, config = app.browser.about("digits-run")
+    assert "match their SHA-256" in facts and len(loss.data) == 2 and "label_dropout" in config and log.count("<tr>") == 5
+    words = command.split()
+    assert words[:4] == ["python", "-m", "cudlab.run", "train"]
+    assert run_module.parameters(run_module.from_words(words[4:]))[0] == ask.opened("digits-run").config
+    for run in (None, "nope", 3, "damaged-run"):
+        complains(lambda run=run: app.browser.about(run))
+
+
+def test_a_run_that_holds_a_solver_tells_what_was_learned(app):
+    facts, loss, _, command, _ = app.browser.about("moons-solver")
+    held = run_module.Run.open("moons-solver").tensors("ema.safetensors")
+    last = f"{held['solver.lam'][-1, 0]:.3f}\u00a0±\u00a0{held['solver.by_batch'].std(0)[-1, 0]:.3f}"
+    assert "<code>0.000, " in facts and last in facts and "over 2 batches" in facts and figure(facts, "fitted batches") == "2 of 2" and figure(facts, "parameters") == "3"
+    assert "network of <b>moons-run</b>, step 20" in facts and run_module.Run.open("moons-run").network_hash()[:12] in facts
+    assert {t.name for t in loss.data if t.name} == {"solver", "euler"} and "args.teacher=moons-run" in command
+    assert replace(run_module.parameters(run_module.from_words(command.split()[4:]))[0], log_every=1) == ask.opened("moons-solver").config
+
+
 # Under use
 
 GOOD_MEASURE = dict(names=["moons-run"], solvers=["euler"], value="fd", axis="NFE", grid="uniform", wanted="2", n=16, seeds="0")
@@ -504,14 +542,20 @@ def calls(app):
         "compare": (lambda **f: list(app.compare.compared(*f.values())), dict(seed=0, count=2) | cheap),
         "cost": (lambda **f: app.cost(**f), dict(solver="euler", by="steps", amount=3, denoise=True, run="moons-run")),
         "point": (lambda **f: app.pointed(**f), dict(name="moons-run", solver="euler", by="steps", amount=3, grid="uniform", seed=0)),
+        "browse": (lambda **f: app.browser.browse(**f), dict(method="all", data="all", text="")),
+        "about": (lambda **f: app.browser.about(**f), dict(name="moons-run")),
+        "differences": (lambda **f: app.browser.apart(**f), dict(names=["moons-run", "moons-short"])),
+        "job_state": (lambda **f: app.live.state(**f), dict(name="moons-run")),
+        "job_start": (lambda **f: app.live.start(**f), dict(text="method=nope")),
         "runs": (lambda **f: app.arrived(Asked(**f)), dict(run="moons-run", solver="euler", amount="3", view="runs", a="moons-run~ab2~3~uniform~ema~1")),
     }
 
 
-@pytest.mark.parametrize("name", ["sample", "errors", "paths", "export", "fit", "decide", "scores", "measure", "job", "compare", "cost", "point", "runs"])
+@pytest.mark.parametrize("name", ["sample", "errors", "paths", "export", "fit", "decide", "scores", "measure", "job", "compare", "cost", "point", "browse", "about", "differences", "job_state", "job_start", "runs"])
 def test_a_thousand_bad_inputs_each_get_a_sentence(app, name):
     call, good = calls(app)[name]
-    before, complaints = str(call(**good))[:3000], []
+    usual = lambda: complains(lambda: call(**good)) if name == "job_start" else str(call(**good))[:3000]
+    before, complaints = usual(), []
 
     @settings(max_examples=1000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.dictionaries(st.sampled_from(sorted(good)), JUNK, min_size=1, max_size=3))
@@ -526,9 +570,9 @@ def test_a_thousand_bad_inputs_each_get_a_sentence(app, name):
             assert "the explorer failed" not in e.message, (bad, e.message)
 
     attack()
-    assert len(complaints) > 300 or name in ("cost", "point", "runs"), len(complaints)
+    assert len(complaints) > 300 or name in ("cost", "point", "runs", "job_start"), len(complaints)
     ignore = lambda text: re.sub(r"\d+ ms|'?took.*", "", text)
-    assert name == "measure" or ignore(str(call(**good))[:3000]) == ignore(before) # a measurement adds to what is drawn
+    assert name == "measure" or ignore(usual()) == ignore(before) # a measurement adds to what is drawn
 
 
 @pytest.mark.parametrize("name", ["fitted", "decided", "cost"])
@@ -692,7 +736,7 @@ def test_a_full_queue_answers_at_once(slow):
 def test_every_endpoint_has_a_stable_name(app):
     page = app.build()
     names = {d.api_name for d in page.fns.values() if d.api_visibility == "public"}
-    assert {"sample", "errors", "paths", "export_png", "export_gif", "export_csv", "seed", "runs", "fit", "cost", "decide", "point", "scores", "measure", "job", "compare"} <= names
+    assert {"sample", "errors", "paths", "export_png", "export_gif", "export_csv", "export_scores", "browse", "about", "differences", "job_state", "job_start", "job_stop", "job_resume", "seed", "runs", "fit", "cost", "decide", "point", "scores", "measure", "job", "compare"} <= names
     assert not [n for n in names if isinstance(n, str) and re.search(r"_\d+$|lambda", n)], names
     solving = [d for d in page.fns.values() if d.concurrency_id == "solve"]
     assert len(solving) >= 7 and all(d.concurrency_limit == 1 for d in solving)
@@ -758,7 +802,7 @@ def test_starting_costs_little(server):
 
 
 def test_round_trip_through_a_server(connect, app):
-    text, plane, paths, panels, schedule, numbers, table, code = connect().predict(*GOOD.values(), api_name="/sample")
+    text, plane, paths, ends, panels, schedule, numbers, table, code = connect().predict(*GOOD.values(), api_name="/sample")
     assert text == sample(app)[-1][0] and plane is None and figure(numbers, "NFE counted") == "4" and "Run.open('digits-run')" in code
 
 
@@ -766,7 +810,7 @@ def test_everything_the_page_does_can_be_called(connect):
     client = connect()
     *_, words = client.predict(*GOOD.values(), api_name="/errors")
     assert "digits-run" in words
-    assert client.predict("1", "3-D", *GOOD.values(), api_name="/paths")["type"] == "plotly"
+    assert client.predict("1", "3-D", *GOOD.values(), api_name="/paths")[0]["type"] == "plotly"
     for kind in ("png", "gif", "csv"):
         url, name = client.predict(*GOOD.values(), api_name=f"/export_{kind}")
         assert url.startswith("data:") and name.endswith(kind)

@@ -92,6 +92,16 @@ class Clock:
             raise ValueError(f"stopped after {self.limit} s, the longest a request may take: ask for fewer samples, steps or points")
 
 
+def names_of(chosen, what: str, most: int) -> list:
+    "A list of names from a client."
+    found = [chosen] if isinstance(chosen, str) else chosen
+    if not isinstance(found, list) or not all(isinstance(n, str) for n in found) or not found:
+        raise ValueError(f"{what} = {str(chosen)[:40]!r} is not a list of names; choose at least one")
+    if len(found) > most:
+        raise ValueError(f"{what}: {len(found)} are chosen; at most {most} are possible")
+    return list(dict.fromkeys(found))
+
+
 # Runs: known by id, opened once, read-only
 
 ONLY = []

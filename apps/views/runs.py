@@ -17,9 +17,11 @@ from cudlab.run import Run
 from cudlab.run import RunInfo
 from cudlab.run import count_of
 from cudlab.run import differences
+from views.ask import folded
 from views.ask import in_words
 from views.ask import labels
 from views.ask import listed
+from views.ask import names_of
 from views.ask import numbers
 from views.ask import opened
 from views.ask import sentence
@@ -159,9 +161,7 @@ def chosen(event: gr.EventData) -> tuple:
 def apart(names=None) -> str:
     "The configuration keys in which up to six runs differ, as a table."
     with in_words():
-        names = list(dict.fromkeys(names if isinstance(names, list) else [names] if names else []))
-        if len(names) > MOST_BESIDE:
-            raise ValueError(f"{len(names)} runs are chosen; at most {MOST_BESIDE} can stand beside each other")
+        names = names_of(names, "runs", MOST_BESIDE) if names else []
         if len(names) < 2:
             return "<p class='caption'>Choose two to six runs to see in what they differ.</p>"
         found = [opened(n) for n in names]
@@ -196,6 +196,13 @@ def numbers_of(run: Run) -> str:
             f"SHA-256 <code>{html.escape(teacher['network'][:12])}</code>.</p>")
 
 
+def logged(run: Run) -> str:
+    "The log of a training as a table, thinned to twenty rows."
+    rows = [{"step": m["step"], **(m["loss"] if isinstance(m.get("loss"), dict) else {"loss": m.get("loss")})} for m in run.metrics if "step" in m]
+    rows = rows[:: max(1, -(-len(rows) // 20))]
+    return folded("the same as a table", table(rows, list(dict.fromkeys(k for r in rows for k in r)), "loss at every twentieth of the training")) if rows else ""
+
+
 def training(run: Run):
     "The training curve; where a solver was fitted, its error on held-out noise after each batch."
     chart = plot.training(run.metrics)
@@ -205,7 +212,7 @@ def training(run: Run):
 
 
 def about(name) -> tuple:
-    "Everything known of a run: summary, training curve, command, configuration."
+    "Everything known of a run: summary, training curve and the same as a table, command, configuration."
     with in_words():
         run = opened(name)
         try:
@@ -219,7 +226,7 @@ def about(name) -> tuple:
         taught = f" Teacher <b>{html.escape(taught)}</b>." if taught else ""
         rows = [dict(key=f.name, value=str(getattr(run.config, f.name)), meaning=f.metadata.get("help", "")) for f in fields(run.config)]
         return (facts + held + f"<p class='caption'>Manifest: {files}.{taught} Created {html.escape(run.info['created'][:16].replace('T', ' '))} UTC. Folder <code>{html.escape(str(run.path))}</code></p>",
-                training(run), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
+                training(run), logged(run), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
 
 
 # The page
@@ -240,6 +247,7 @@ def build(
     gr.HTML("<h2 class='group-name'>this run</h2>")
     facts = gr.HTML(elem_id="facts")
     loss = gr.Plot(label="Training", show_label=False, elem_id="loss")
+    log = gr.HTML(elem_id="log")
     made = gr.Code(language="shell", lines=1, label="Command that makes this run", interactive=False)
     with gr.Accordion("Configuration", open=False):
         config = gr.HTML(elem_id="config")
@@ -247,7 +255,7 @@ def build(
     beside = gr.Dropdown([], value=[], multiselect=True, max_choices=MOST_BESIDE, label="Runs beside each other", info="two to six", elem_id="runs-beside")
     rows = gr.HTML(apart(), elem_id="differences")
 
-    filters, told = [method, data, text], [facts, loss, made, config]
+    filters, told = [method, data, text], [facts, loss, log, made, config]
     gr.on([method.input, data.input, text.input], shown, filters, [frame, count], preprocess=False, trigger_mode="always_last", api_visibility="private", **quick)
     tab.select(refreshed, [*filters, beside], [data, beside, frame, count], preprocess=False, api_visibility="private", **quick)
     gr.api(browse, api_name="browse")

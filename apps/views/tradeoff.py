@@ -1,5 +1,7 @@
 "Trade-off: quality against calls or time, for any runs and solvers, measured where points are missing."
+import csv
 import html
+import io
 import shlex
 from dataclasses import dataclass
 
@@ -17,10 +19,12 @@ from cudlab.run import Run
 from cudlab.solver import SOLVERS
 from views.ask import MOST
 from views.ask import Clock
+from views.ask import data_url
 from views.ask import entry
 from views.ask import folded
 from views.ask import in_words
 from views.ask import listed
+from views.ask import names_of
 from views.ask import opened
 from views.ask import possible
 from views.ask import table
@@ -38,16 +42,6 @@ class Chart(Args):
     axis: str = spec("NFE", "what it is drawn against", choices=tuple(AXES))
     grid: str = spec("uniform", "time grid", choices=(*GRIDS, NATIVE))
     n: int = spec(2000, "samples per score", low=16, high=MOST["n"])
-
-
-def names_of(chosen, what: str, most: int) -> list:
-    "A list of names from a client."
-    found = [chosen] if isinstance(chosen, str) else chosen
-    if not isinstance(found, list) or not all(isinstance(n, str) for n in found) or not found:
-        raise ValueError(f"{what} = {str(chosen)[:40]!r} is not a list of names; choose at least one")
-    if len(found) > most:
-        raise ValueError(f"{what}: {len(found)} are chosen; at most {most} are possible")
-    return list(dict.fromkeys(found))
 
 
 def whole_numbers(text, what: str, low: int, high: int, most: int) -> list:
@@ -156,6 +150,20 @@ def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Pr
         if not made:
             gr.Info("All of these points are measured already, or not possible.", duration=4)
         yield drawn(names, solvers, chart)
+
+
+def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
+    "(a data address, a file name) of the scores that are drawn, as CSV with their whole protocol."
+    with in_words():
+        chart = Chart(value=value, axis=axis, grid=grid)
+        rows = [s for s in protocol(selected(names_of(names, "runs", 24), names_of(solvers, "solvers", 12), chart.grid)) if s.get(chart.value) is not None]
+        if not rows:
+            raise ValueError("nothing is measured of these runs and solvers yet, so there is nothing to save")
+        out = io.StringIO()
+        writer = csv.DictWriter(out, list(dict.fromkeys(k for row in rows for k in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        return data_url(out.getvalue().encode(), "text/csv"), "trade-off.csv"
 
 
 def job(names, solvers, grid, wanted, n, seeds) -> str:

@@ -146,11 +146,11 @@ def told(walk: Walk, tau, spent: float, after: float) -> str:
 
 
 def projected(walk: Walk, tau, chosen="all", dims="2-D"):
-    "The paths of the chosen samples in the plane, or the space, of their principal components."
+    "The paths of the chosen samples in the plane, or the space, of their principal components, and their ends as a table."
     if dims not in ("2-D", "3-D"):
         raise ValueError(f"dimensions = {str(dims)[:40]!r} are not possible; 2-D or 3-D is")
     if flat(walk.run):
-        return None
+        return None, ""
     words = str(chosen or "all").replace(",", " ").split()
     if words == ["all"]:
         index = list(range(walk.ask.count))
@@ -160,11 +160,12 @@ def projected(walk: Walk, tau, chosen="all", dims="2-D"):
                 raise ValueError(f"sample = {word[:40]!r} is not one of 1 to {walk.ask.count}; write all, or numbers as 1, 3, 4")
         index = sorted({int(word) - 1 for word in words})
     seen = of.projection(tau.xs[:, index], int(dims[0]))
-    return plot.paths(seen.points, seen.share)
+    rows = [dict(sample=index[b] + 1, **{f"{name} {k + 1}": float(at[b, k]) for name, at in (("start", seen.points[0]), ("end", seen.points[-1])) for k in range(int(dims[0]))}) for b in range(len(index))]
+    return plot.paths(seen.points, seen.share), folded("the same as a table", table(rows, list(rows[0]), "where each path starts and ends, along the principal components"))
 
 
 def sampled(*form):
-    "Stream a sampling: (film, plane, projection, panels, schedule, numbers, table of moves, script) as they come to be."
+    "Stream a sampling: (film, plane, paths, their table, panels, schedule, numbers, table of moves, script) as they come to be."
     with in_words():
         walk = asked(form)
         start = shown = time.perf_counter()
@@ -186,13 +187,13 @@ def sampled(*form):
                 done = numbers([("step", f"{state.i} of {walk.steps}"), ("NFE so far", f"{state.nfe:g}"), ("time", f"{1000 * spent:.0f} ms")])
                 chart = plot.plane(torch.stack([s.x for s in states]), cloud(walk.run.config.data), reach=3.2) if plane else None
                 drawing += time.perf_counter() - now
-                yield film.text if film else "", chart, *[gr.skip()] * 3, done, gr.skip(), gr.skip()
+                yield film.text if film else "", chart, *[gr.skip()] * 4, done, gr.skip(), gr.skip()
         tau = trajectory(states, walk.run)
         remember(walk, tau)
         done = told(walk, tau, spent, time.perf_counter() - start)
-        yield film.text if film else "", gr.skip(), *[gr.skip()] * 3, done, gr.skip(), code
+        yield film.text if film else "", gr.skip(), *[gr.skip()] * 4, done, gr.skip(), code
         found = panels(walk, tau)
-        yield (film.text if film else "", played(walk, tau) if plane else None, projected(walk, tau), plot.moves(found, tau.ts), plot.schedule(tau.ts, 300), done,
+        yield (film.text if film else "", played(walk, tau) if plane else None, *projected(walk, tau), plot.moves(found, tau.ts), plot.schedule(tau.ts, 300), done,
                tabled(moved(tau, found)), code)
 
 
