@@ -293,6 +293,7 @@ window.cudlab = (() => {
     return Boolean(play);
   }
 
+  let filled = false;
   function view() {
     const tab = document.querySelector('#views > .tab-wrapper [role=tab][aria-selected=true], #views [role=tab][aria-selected=true]');
     const name = (tab?.textContent || 'Trajectory').trim().toLowerCase();
@@ -300,6 +301,7 @@ window.cudlab = (() => {
       const before = document.body.dataset.view;
       document.body.dataset.view = name;
       if (before !== undefined) put({view: name === 'trajectory' ? null : name});
+      if (name === 'compare' && !filled) { filled = true; setTimeout(() => shown('#contest')?.click(), 300); }
     }
   }
   function start() {

@@ -4,7 +4,6 @@
 """
 import argparse
 import html
-import ipaddress
 import json
 import logging
 import os
@@ -407,14 +406,6 @@ def warm() -> None:
         LOG.warning("the default run could not be warmed up: %s", sentence(e))
 
 
-def loopback(host: str) -> bool:
-    "Whether an address can be reached from this machine only."
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def main(argv: list = None) -> int:
     "Start the explorer and serve until interrupted."
     parser = argparse.ArgumentParser(prog="explorer", description="Watch what every network call does and measure what it buys.")
@@ -435,7 +426,7 @@ def main(argv: list = None) -> int:
         user, colon, password = (asked.auth or os.environ.get("CUDLAB_AUTH", "")).partition(":")
         if (user or colon) and not (user and password):
             raise ValueError("auth is not USER:PASSWORD with both of them given")
-        if not loopback(asked.host) and not user:
+        if not live.own(asked.host) and not user:
             raise ValueError(f"host = {asked.host!r} can be reached from other machines: give --auth USER:PASSWORD, or serve on 127.0.0.1")
         if asked.root_path and not asked.root_path.startswith("/"):
             raise ValueError(f"root-path = {asked.root_path!r} does not begin with /; for example /lab")
@@ -444,7 +435,7 @@ def main(argv: list = None) -> int:
         print(f"explorer: {e}", file=sys.stderr)
         return 2
     ONLY[:] = asked.runs
-    live.ALLOWED = loopback(asked.host)
+    live.ALLOWED = live.own(asked.host)
     use_threads()
     if port != asked.port:
         print(f"port {asked.port} is busy, using {port} instead", flush=True)

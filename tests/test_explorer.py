@@ -181,6 +181,10 @@ def test_the_reference_of_a_student_is_its_teacher(app):
     assert text == "" and "flow of <b>moons-run" in words and "Local error" not in words
 
 
+def test_what_follows_no_flow_is_not_held_against_one(app):
+    assert "follows no ODE" in complains(lambda: list(app.trajectory.errors(*(GOOD | dict(solver="renoise")).values())))
+
+
 def test_paths_of_chosen_samples(app):
     some, rows = app.trajectory.repathed("1, 3", "3-D", *GOOD.values())
     assert some.data[0].type == "scatter3d" and rows.count("<tr>") == 3
@@ -891,4 +895,4 @@ def test_the_page_opens_on_this_machine_only(app):
     import inspect
     source = inspect.getsource(app.main)
     assert 'default="127.0.0.1"' in source and "share=False" in source and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
-    assert [app.loopback(h) for h in ("127.0.0.1", "::1", "localhost", "127.5.5.5", "0.0.0.0", "192.168.1.2", "example.org", "")] == [True] * 4 + [False] * 4
+    assert [app.live.own(h) for h in ("127.0.0.1", "::1", "localhost", "127.5.5.5", "0.0.0.0", "192.168.1.2", "example.org", "")] == [True] * 4 + [False] * 4

@@ -773,3 +773,13 @@ def test_the_notebook_and_the_dataclass_have_the_same_parameters():
     given = {n.target.id: ast.literal_eval(n.value) for n in ast.parse(source).body}
     assert given == {f.name: f.default for f in fields(Evaluation)}
     assert all("#" in line for line in source.splitlines())
+
+
+def test_scores_are_a_table_for_pandas(moons):
+    import pandas
+    table = pandas.read_json(moons.path / "scores.jsonl", lines=True) if moons.scores else pandas.DataFrame()
+    if not len(table):
+        moons.add_score(measure(moons, n=64, steps=2))
+        table = pandas.read_json(moons.path / "scores.jsonl", lines=True)
+    assert len(table) == len(moons.scores) and {"fd", "fd_low", "kd", "density", "coverage", "nfe", "ms", "machine", "extractor_hash", "seed"} <= set(table.columns)
+    assert table.fd.dtype == float

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from functools import lru_cache
 
 import gradio as gr
@@ -23,6 +24,7 @@ from views.ask import Clock
 from views.ask import Walk
 from views.ask import asked
 from views.ask import data_url
+from views.ask import entry
 from views.ask import finished
 from views.ask import flat
 from views.ask import folded
@@ -99,8 +101,15 @@ class Film:
 
 # Numbers of a walk
 
+def at_home(walk: Walk, tau):
+    "The trajectory on the device of the network that made it."
+    where = next(walk.run.source.net(walk.ask.weights).parameters()).device
+    return replace(tau, ts=tau.ts.to(where), xs=tau.xs.to(where), vs=tau.vs.to(where))
+
+
 def panels(walk: Walk, tau, **extra) -> dict:
     "Every quantity of the Velocity view: title -> (moves, samples)."
+    tau = at_home(walk, tau)
     found = {"speed (|v| / √d)": of.speed(tau)}
     if len(tau.vs) > 1:
         found |= {"turning (cosine with the next v)": of.turning(tau), "angle to the chord (degrees)": of.chord_angle(tau), "curvature (rad / rms distance)": of.curvature(tau)}
@@ -200,7 +209,7 @@ def sampled(*form):
 def played(walk: Walk, tau):
     "The points of a 2-D walk in motion over the velocity field."
     keep = sorted({round(k) for k in np.linspace(0, len(tau.ts) - 1, min(len(tau.ts), MOST["columns"]))})
-    at, field = (None, None) if walk.run.fixed else of.field_of(walk.flow(), tau.ts[keep], 3.2, FIELD)
+    at, field = (None, None) if walk.run.fixed else of.field_of(walk.flow(), at_home(walk, tau).ts[keep], 3.2, FIELD)
     return plot.motion(tau.xs[keep], tau.ts[keep], cloud(walk.run.config.data), field, at, reach=3.2)
 
 
@@ -228,7 +237,7 @@ def reference(walk: Walk) -> tuple:
 
 def scale_of(values: list) -> float:
     "A round full scale for signed pictures: the 99.5th percentile, to one digit."
-    every = torch.cat([v.abs().flatten() for v in values])
+    every = torch.cat([v.abs().flatten() for v in values]).cpu()
     every = every[every.isfinite()]
     top = float(np.quantile(every.numpy(), 0.995)) if len(every) else 1.0
     return float(f"{max(top, 1e-9):.0e}")
@@ -238,10 +247,12 @@ def errors(*form):
     "Measure a walk move by move: (film with its last two layers, panels, table, what was done in words)."
     with in_words():
         walk, clock = asked(form), Clock()
+        if entry(walk.ask.solver, walk.run).order is None:
+            raise ValueError(f"{walk.ask.solver} follows no ODE: there is no flow to hold its states against; choose another solver")
         tau = finished(walk)
         film = None if flat(walk.run) else Film(walk).replay(tau)
-        text = film.text if film else ""
         name, flow = reference(walk)
+        tau = at_home(walk, tau)
         gaps, local, sizes, accuracy = [], [], [], []
         for i, ref in of.reference_states(flow, tau.xs[0], tau.ts):
             clock.check()
@@ -255,7 +266,7 @@ def errors(*form):
                 accuracy.append(float(sure.max()))
                 yield gr.skip(), gr.skip(), gr.skip(), f"<p class='caption' role='status'>the local error: move {len(local)} of {walk.steps}</p>"
         if film:
-            film.text, film.reach = text, {}
+            film.reach = {}
             for layer, values, at in (("gap", gaps, 0), ("error", local, 1)):
                 if values:
                     film.reach[layer] = scale_of(values)
