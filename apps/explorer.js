@@ -39,7 +39,7 @@ window.cudlab = (() => {
       this.root = make('div', {className: 'reel'});
       element.querySelector('.stagehand').replaceChildren(this.root);
       this.layer = Object.keys(NAMES).includes(query.get('layer')) ? query.get('layer') : 'x';
-      this.first = {step: query.get('step'), pick: query.get('pick')};
+      this.first = {step: query.get('step'), pick: query.get('pick'), layer: this.layer};
       this.text = '';
       this.read = () => this.take(typeof props.value === 'string' ? props.value : '');
       watch('value', this.read);
@@ -139,6 +139,11 @@ window.cudlab = (() => {
       const last = this.columns[this.columns.length - 1];
       if (this.wanted && this.has(this.wanted)) { this.layer = this.wanted; put({layer: this.layer}); this.wanted = null; }
       if (!this.follow && this.first.step !== null && last.i >= +this.first.step) { this.step = Math.min(+this.first.step || 0, this.head.steps); this.first.step = null; }
+      if (last.i === this.head.steps && ['gap', 'error'].includes(this.first.layer) && !this.has(this.first.layer)) {
+        const layer = this.first.layer;
+        this.first.layer = null;
+        setTimeout(() => this.look(layer), 800);
+      }
       if (this.follow) this.step = last.i;
       const layer = this.has(this.layer) ? this.layer : 'x';
       this.root.dataset.layer = layer;
@@ -165,6 +170,7 @@ window.cudlab = (() => {
         const {w, h, count} = this.head;
         cellEl.style.cssText = `width:${w * big}px;height:${h * big}px;` + (src ? `background-image:url(${src});background-size:${w * big}px ${h * big * count}px;background-position:0 ${-this.pick * h * big}px` : '');
         cellEl.classList.toggle('empty', !src);
+        cellEl.title = src ? '' : 'there is none at this step';
         cellEl.setAttribute('aria-label', `${NAMES[k][0]} of sample ${this.pick + 1} at step ${col.i}`);
       }
       const scroller = this.strip.parentElement;

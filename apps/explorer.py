@@ -31,8 +31,10 @@ from views.ask import MOST
 from views.ask import NAMES
 from views.ask import ONLY
 from views.ask import Ask
+from views.ask import asked
 from views.ask import entry
 from views.ask import flat
+from views.ask import guided
 from views.ask import in_words
 from views.ask import kept
 from views.ask import labels
@@ -62,15 +64,15 @@ LOG = logging.getLogger("cudlab.explorer")
 
 # What the form shows when a run or a solver is chosen
 
-def cost(solver, by, amount, denoise=True, run="") -> str:
+def cost(solver, by, amount, denoise=True, run="", label=ANY, guidance=1.0) -> str:
     "The lines under the amount: steps and NFE, always both, and what kind of solver this is."
     try:
-        ask = Ask(solver=solver, by=by, amount=amount, denoise=denoise)
-        found = entry(ask.solver, opened(run) if run else None)
-        steps = moves(ask.solver, found, ask.by, ask.amount, ask.denoise)
+        ask = Ask(solver=solver, by=by, amount=amount, denoise=denoise, label=label, guidance=guidance)
+        found, twice = entry(ask.solver, opened(run) if run else None), guided(ask.label, ask.guidance)
+        steps = moves(ask.solver, found, ask.by, ask.amount, ask.denoise, twice)
     except ValueError as e:
         return f"<p class='cost bad' role='status'>{sentence(e)}</p>"
-    nfe = f"{found.calls(steps, ask.denoise)} NFE" if found.calls else "NFE as needed"
+    nfe = f"{found.calls(steps, ask.denoise) * (1 + twice)} NFE" if found.calls else "NFE as needed"
     kind = f"fitted for {len(found.ts) - 1} steps on the {found.grid} grid" if found.ts else f"native grid {found.grid}"
     return (f"<p class='cost' role='status'><b>{steps}</b> {'step' if steps == 1 else 'steps'} <i>=</i> <b>{nfe}</b> "
             f"<span>{f'order {found.order:g}' if found.order else 'no order: it follows no ODE'}, {kind}</span> <span>{html.escape(found.source)}</span></p>")
@@ -134,7 +136,7 @@ def greeted(*form):
     if form[0]:
         yield from trajectory.sampled(*form)
     else:
-        yield tuple(gr.skip() for _ in range(9))
+        yield tuple(gr.skip() for _ in range(10))
 
 
 FITS = 9 + len(BOUND)
@@ -245,7 +247,7 @@ def build() -> gr.Blocks:
                         plane = gr.Plot(label="Points in motion", show_label=False, visible=False, elem_id="motion")
                         with gr.Row(elem_classes="buttons measuring"):
                             check = gr.Button("Measure errors", elem_id="errors", size="md", min_width=150, scale=0)
-                            checked = gr.HTML("<p class='caption'>Against the flow's own way (Heun, 64 steps) and move by move.</p>", elem_id="checked")
+                            checked = gr.HTML(trajectory.HINT, elem_id="checked")
                         with gr.Column() as box:
                             gr.HTML("<h2 class='group-name'>paths in the plane of their principal components</h2>")
                             with gr.Row(equal_height=False):
@@ -257,7 +259,7 @@ def build() -> gr.Blocks:
                         panels = gr.Plot(label="Every quantity of each move", show_label=False, elem_id="panels")
                         with gr.Row(elem_classes="buttons measuring"):
                             check_too = gr.Button("Measure errors", size="md", min_width=150, scale=0)
-                            gr.HTML("<p class='caption'>Adds the local error of each move and the distance from the reference.</p>")
+                            checked_too = gr.HTML(trajectory.HINT)
                         moved = gr.HTML(elem_id="moved")
                         gr.HTML("<h2 class='group-name'>schedule</h2>")
                         schedule = gr.Plot(label="Schedule", show_label=False, elem_id="schedule")
@@ -269,6 +271,7 @@ def build() -> gr.Blocks:
                                 t_value = gr.Dropdown(list(tradeoff.VALUES), value="fd", label="Score", filterable=False, elem_id="t-value")
                                 t_axis = gr.Radio(list(tradeoff.AXES), value="NFE", label="Against")
                                 t_grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", info="native is the one of each solver's authors", filterable=False, elem_id="t-grid")
+                                gr.HTML("<h2 class='group-name'>to measure</h2>")
                                 t_nfe = gr.Textbox(tradeoff.BUDGETS, label="NFE", info="network calls per sample, with commas", max_length=200)
                                 t_n = gr.Slider(100, 5000, value=2000, step=100, label="Samples per score")
                                 t_seeds = gr.Textbox("0", label="Seeds", info="three or more give an interval", max_length=100)
@@ -324,7 +327,7 @@ def build() -> gr.Blocks:
                     file, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
 
         form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance, lower, denoise]
-        shown = [film, plane, paths, ends, panels, schedule, done, moved, code]
+        shown = [film, plane, paths, ends, panels, schedule, done, moved, code, checked]
         decides = [by, amount, grid, weights, lower, denoise, head, guidance]
         fits = [line, label, count, plane, film, box, solver, *decides, t_runs, t_solvers]
         sampling = dict(fn=trajectory.sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
@@ -336,9 +339,10 @@ def build() -> gr.Blocks:
         refit = gr.on([run.input, opens], fitted, [run, solver, amount], fits, api_name="fit", preprocess=False, **quick)
         changed = refit.success(**sampling, api_visibility="private")
         solver.input(decided, [run, solver, amount], decides, api_name="decide", preprocess=False, **quick)
-        gr.on([c.change for c in (solver, by, amount, denoise)], cost, [solver, by, amount, denoise, run], price, preprocess=False, api_name="cost", **quick)
-        checking = gr.on([check.click, check_too.click], trajectory.errors, form, [film, panels, moved, checked], preprocess=False, api_name="errors", show_progress="hidden", **solve)
+        gr.on([c.change for c in (solver, by, amount, denoise, label, guidance)], cost, [solver, by, amount, denoise, run, label, guidance], price, preprocess=False, api_name="cost", **quick)
+        checking = gr.on([check.click, check_too.click], trajectory.errors, form, shown, preprocess=False, api_name="errors", show_progress="hidden", **solve)
         plane.change(None, plane, None, js=FRAMES, api_name=False)
+        checked.change(lambda words: words, checked, checked_too, api_visibility="private", **quick)
         stop.click(None, None, None, cancels=[pressed, fresh, changed, first, checking], api_name=False)
         gr.on([chosen.submit, dims.input], trajectory.repathed, [chosen, dims, *form], [paths, ends], preprocess=False, api_name="paths", **quick)
         for kind, button in files.items():
@@ -361,23 +365,26 @@ def build() -> gr.Blocks:
         pause.click(None, None, None, cancels=[fighting], api_name=False)
 
         remember = lambda triggers, inputs, js: gr.on(triggers, None, inputs, None, js=js, api_name=False)
-        remember([c.change for c in form], form, f"(...values) => {{ cudlab.form({json.dumps(NAMES)}, {json.dumps(usual)}, values); }}")
+        remember([code.change], form, f"(...values) => {{ cudlab.form({json.dumps(NAMES)}, {json.dumps(usual)}, values); }}")
         keys, plain = ("runs", "solvers", "value", "axis", "grid2", "nfe", "n", "seeds"), [None, None, "fd", "NFE", "uniform", tradeoff.BUDGETS, 2000, "0"]
         remember([c.input for c in (t_runs, t_solvers, *charted)], [t_runs, t_solvers, *charted],
                  f"(...values) => {{ cudlab.form({json.dumps(keys)}, {json.dumps(plain)}, values.map((v) => Array.isArray(v) ? v.join(' ') : v)); }}")
-        remember([c.input for c in columns], columns, f"(...values) => {{ cudlab.columns(values, {len(compare.COLUMN)}); }}")
-        refit.success(pointed, [run, solver, by, amount, grid, seed, denoise], job, preprocess=False, api_visibility="private", **quick)
-        gr.on([page.load, go.click, solver.input, amount.change, grid.change], pointed, [run, solver, by, amount, grid, seed, denoise], job, preprocess=False, api_name="point", **quick)
+        remember([fight.click], columns, f"(...values) => {{ cudlab.columns(values, {len(compare.COLUMN)}); }}")
+        for k in range(len(compare.LETTERS)):
+            run_k, solver_k, nfe_k, grid_k, _, head_k = contest[k * len(compare.COLUMN) : (k + 1) * len(compare.COLUMN)]
+            gr.on([run_k.input, solver_k.input], compare.seated, [run_k, solver_k, nfe_k], [solver_k, nfe_k, grid_k, head_k], preprocess=False, api_visibility="private", **quick)
+        code.change(pointed, form, job, preprocess=False, api_name="point", **quick)
     return page.queue(max_size=32)
 
 
-def pointed(name, solver, by, amount, grid, seed, denoise=True) -> str:
-    "The command that scores what is on screen."
+def pointed(*form) -> str:
+    "The command that scores what is on screen; '' where there is none."
     try:
-        ask = Ask(run=name, solver=solver, by=by, amount=amount, grid=grid, seed=seed, denoise=denoise)
-        made = entry(ask.solver, opened(ask.run))
-        nfe = made.calls(moves(ask.solver, made, ask.by, ask.amount, ask.denoise), ask.denoise) if made.calls else 1
-        return tradeoff.job([ask.run], [ask.solver], ask.grid, str(nfe), 2000, str(ask.seed))
+        walk = asked(form)
+        ask, made = walk.ask, entry(walk.ask.solver, walk.run)
+        usual = {f.name: f.default for f in fields(Ask)}
+        how = {k: getattr(ask, k) for k in ("weights", "head", "guidance", "lower_order_final", "denoise") if getattr(ask, k) != usual[k]}
+        return tradeoff.job([ask.run], [ask.solver], ask.grid, str(made.calls(walk.steps, ask.denoise) if made.calls else 1), 2000, str(ask.seed), **how)
     except (ValueError, gr.Error):
         return ""
 
@@ -414,36 +421,36 @@ def main(argv: list = None) -> int:
     parser.add_argument("--runs", nargs="*", default=[], metavar="NAME", help="show only these runs")
     parser.add_argument("--root-path", default="", metavar="PATH", help="the path under which a proxy serves this page, for example /lab")
     parser.add_argument("--auth", default="", metavar="USER:PASSWORD", help="ask for this name and password; CUDLAB_AUTH in the environment does the same and is not seen in the list of processes")
-    asked = parser.parse_args(argv)
+    given = parser.parse_args(argv)
     try:
-        asked.port = settings().port if asked.port is None else asked.port
+        given.port = settings().port if given.port is None else given.port
         names = {r.name for r in runs()}
-        for name in asked.runs:
+        for name in given.runs:
             if name not in names:
                 raise ValueError(f"unknown run {name!r}{guess(name, names)}")
-        if not 1 <= asked.port <= 65535:
-            raise ValueError(f"port = {asked.port} is out of range: 1 to 65535")
-        user, colon, password = (asked.auth or os.environ.get("CUDLAB_AUTH", "")).partition(":")
+        if not 1 <= given.port <= 65535:
+            raise ValueError(f"port = {given.port} is out of range: 1 to 65535")
+        user, colon, password = (given.auth or os.environ.get("CUDLAB_AUTH", "")).partition(":")
         if (user or colon) and not (user and password):
             raise ValueError("auth is not USER:PASSWORD with both of them given")
-        if not live.own(asked.host) and not user:
-            raise ValueError(f"host = {asked.host!r} can be reached from other machines: give --auth USER:PASSWORD, or serve on 127.0.0.1")
-        if asked.root_path and not asked.root_path.startswith("/"):
-            raise ValueError(f"root-path = {asked.root_path!r} does not begin with /; for example /lab")
-        port = free_port(asked.host, asked.port)
+        if not live.own(given.host) and not user:
+            raise ValueError(f"host = {given.host!r} can be reached from other machines: give --auth USER:PASSWORD, or serve on 127.0.0.1")
+        if given.root_path and not given.root_path.startswith("/"):
+            raise ValueError(f"root-path = {given.root_path!r} does not begin with /; for example /lab")
+        port = free_port(given.host, given.port)
     except (ValueError, OSError) as e:
         print(f"explorer: {e}", file=sys.stderr)
         return 2
-    ONLY[:] = asked.runs
-    live.ALLOWED = live.own(asked.host)
+    ONLY[:] = given.runs
+    live.ALLOWED = live.own(given.host)
     use_threads()
-    if port != asked.port:
-        print(f"port {asked.port} is busy, using {port} instead", flush=True)
+    if port != given.port:
+        print(f"port {given.port} is busy, using {port} instead", flush=True)
     page = build()
     script = f"<script>{(HERE / 'explorer.js').read_text()}</script>"
-    _, address, _ = page.launch(server_name=asked.host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True, show_error=False,
+    _, address, _ = page.launch(server_name=given.host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True, show_error=False,
                                 theme=THEME, css=(HERE / "explorer.css").read_text(), head=script, js="() => cudlab.start()", footer_links=[], run_history=False, enable_monitoring=False,
-                                ssr_mode=False, mcp_server=False, root_path=asked.root_path or None, auth=(user, password) if user else None, max_file_size="1kb")
+                                ssr_mode=False, mcp_server=False, root_path=given.root_path or None, auth=(user, password) if user else None, max_file_size="1kb")
     threading.Thread(target=warm, daemon=True).start()
     print(f"explorer ready at {address}  (Ctrl-C stops it)", flush=True)
     try:

@@ -222,11 +222,12 @@ def device(
 
 # %% ../nbs/00_core.ipynb #b369d9f7
 def use_threads(
-    count: int = None, # CPU threads; default: `threads` in settings.ini
+    count: int = None, # CPU threads; default: `threads` in settings.ini, and where that is 0 OMP_NUM_THREADS, or one per core
 ) -> int:
     "Set torch's CPU threads and say how many there are now."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads((settings().threads if count is None else count) or cores)
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads((settings().threads if count is None else count) or (int(said) if said.isdecimal() else 0) or cores)
     return torch.get_num_threads()
 
 # %% ../nbs/00_core.ipynb #7e921ac6

@@ -574,7 +574,8 @@ def comparable(
     said = lambda score, key: "not recorded" if score.get(key) is None else repr(score[key])
     for key in (*PROTOCOL, *also):
         if key not in but and (a.get(key) != b.get(key) or key in also and a.get(key) is None):
-            return f"{a.get('run')} and {b.get('run')} are not comparable: {key} is {said(a, key)} for one and {said(b, key)} for the other"
+            whose = f"two scores of {a.get('run')}" if a.get('run') == b.get('run') else f"{a.get('run')} and {b.get('run')}"
+            return f"{whose} are not comparable: {key} is {said(a, key)} for one and {said(b, key)} for the other"
     return ""
 
 # %% ../nbs/22_metrics.ipynb #dc96c151
@@ -788,7 +789,7 @@ def evaluate(
             done += 1
             where = f"{done:>{len(str(total))}}/{total}  seed {what.seed}  {what.solver:9}{what.steps:>4} steps"
             if known:
-                yield f"{where}  measured before"
+                yield f"{where}  measured before: fd {known['fd']:.4f}"
                 continue
             begin = time.perf_counter()
             score = measure(run, space, None, data[run.config.data], **asdict(what))

@@ -833,12 +833,16 @@ def best_of(
     step: int, # the step it is at
     extractor: str, # the feature space to prefer
 ) -> dict:
-    "The lowest Fréchet distance with its nfe, solver and extractor, or None."
+    "The way of sampling with the lowest Fréchet distance, the mean over its noise seeds: fd, nfe, solver, head, extractor and number of seeds, or None."
     number = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
     fine = [s for s in scores if isinstance(s, dict) and number(s.get("fd")) and s.get("step", step) == step]
     alike = [s for s in fine if s.get("extractor") == extractor] or [s for s in fine if s.get("extractor") == fine[-1].get("extractor")]
-    low = min(alike, key=lambda s: s["fd"], default=None)
-    return low and {key: low.get(key) for key in ("fd", "nfe", "solver", "extractor")}
+    ways = {}
+    for s in alike:
+        ways.setdefault(tuple(s.get(k) for k in ("solver", "steps", "nfe", "grid", "head", "n", "weights", "guidance", "lower_order_final", "denoise")), {})[s.get("seed")] = s
+    means = [(sum(s["fd"] for s in seeds.values()) / len(seeds), list(seeds.values())) for seeds in ways.values()]
+    fd, found = min(means, key=lambda m: m[0], default=(None, None))
+    return found and {"fd": fd, "seeds": len(found), "head": found[0].get("head", 1)} | {key: found[0].get(key) for key in ("nfe", "solver", "extractor")}
 
 # %% ../nbs/20_run.ipynb #18fd7ca0
 @dataclass(frozen=True)
@@ -855,7 +859,7 @@ class RunInfo:
     damaged: str # what is wrong, or ""
     changed: str = "" # time of the last checkpoint, UTC
     parameters: int = 0 # numbers that are trained
-    best: dict = None # fd, nfe, solver, extractor of the lowest score at this step, or None
+    best: dict = None # see `best_of`
     teacher: str = "" # name of the run that supervised it
     status: str = "" # done, running, stopped, diverged, dead (killed while it ran) or new
 
@@ -1077,8 +1081,11 @@ def main(
             case ["adopt", name, notebook]:
                 put(Run.open(name).path / "train.ipynb", Path(notebook).read_bytes())
             case _:
-                print(USAGE)
-                return 0 if words in ([], ["--help"], ["-h"], ["help"]) else 2
+                if words in ([], ["--help"], ["-h"], ["help"]):
+                    print(USAGE)
+                    return 0
+                print(f"error: {' '.join(words)[:80]!r} is no command{guess(words[0], ('train', 'list', 'verify', 'slim', 'adopt', 'evaluate'))}\n{USAGE}", file=sys.stderr)
+                return 2
     except Stopped as e:
         print(e, flush=True)
         return 3

@@ -123,8 +123,8 @@ def test_the_film_grows_picture_by_picture(app, monkeypatch):
     head, lines = film(films[-1])
     assert (head["count"], head["steps"], head["w"]) == (3, 4, 8)
     assert [(x["k"], x["i"]) for x in lines] == [("x", 0)] + [p for i in range(4) for p in (("hat", i), ("v", i), ("x", i + 1))] + [("hat", 4)]
-    _, plane, paths, ends, panels, schedule, numbers, table, code = pages[-1]
-    assert plane is None and figure(numbers, "NFE counted") == "4" and len(schedule.data) == 2 and len(panels.data) >= 10 and len(paths.data) >= 2 and ends.count("<tr>") == 4
+    _, plane, paths, ends, panels, schedule, numbers, table, code, words = pages[-1]
+    assert plane is None and figure(numbers, "NFE counted") == "4" and len(schedule.data) == 2 and len(panels.data) >= 10 and len(paths.data) >= 2 and ends.count("<tr>") == 4 and words == app.trajectory.HINT
     assert table.count("<tr>") == 5
     space = {}
     exec(code, space)
@@ -165,19 +165,32 @@ def test_classes_and_guidance_change_the_picture(app):
 
 def test_errors_extend_the_film_that_is_there(app):
     before = sample(app)[-1][0]
-    *progress, (text, panels, table, words) = app.trajectory.errors(*GOOD.values())
+    *progress, (text, _, _, _, panels, _, numbers, table, _, words) = app.trajectory.errors(*GOOD.values())
     assert text.startswith(before) and len(progress) == 5 + 4
     _, lines = film(text)
     assert {x["i"] for x in lines if x["k"] == "gap"} == set(range(5)) and {x["i"] for x in lines if x["k"] == "error"} == set(range(1, 5))
     assert "digits-run" in words and "local error" in table and "error against the reference" in table
-    fine = list(app.trajectory.errors(*(GOOD | dict(solver="rk4", amount=16)).values()))[-1][3]
+    fine = list(app.trajectory.errors(*(GOOD | dict(solver="rk4", amount=16)).values()))[-1][9]
     apart = [float(re.search(r"end <b>([^<]+)</b>", w).group(1)) for w in (words, fine)]
     assert apart[1] < apart[0] / 5
 
 
+def test_guidance_counts_every_call_twice(app):
+    how = dict(label="3", guidance=3.0)
+    assert "<b>4</b> steps <i>=</i> <b>8 NFE" in app.cost("euler", "steps", 4, True, "digits-run", *how.values())
+    assert figure(sample(app, **how)[-1][6], "NFE counted") == "8" == figure(sample(app, **how, by="NFE", amount=8)[-1][6], "NFE counted")
+    assert "counts twice; 6 or 8" in complains(lambda: sample(app, **how, by="NFE", amount=7))
+
+
+def test_errors_show_the_walk_they_were_measured_on(app):
+    sample(app)
+    page = list(app.trajectory.errors(*(GOOD | dict(solver="heun", seed=9)).values()))[-1]
+    assert figure(page[6], "NFE counted") == "8" and "solver='heun'" in page[8] and page[0].startswith(sample(app, solver="heun", seed=9)[-1][0])
+
+
 def test_the_reference_of_a_student_is_its_teacher(app):
     ask_for = GOOD | dict(run="moons-short", amount=1)
-    *_, (text, _, table, words) = app.trajectory.errors(*ask_for.values())
+    *_, (text, *_, table, _, words) = app.trajectory.errors(*ask_for.values())
     assert text == "" and "flow of <b>moons-run" in words and "Local error" not in words
 
 
@@ -398,8 +411,10 @@ def test_the_job_measures_the_same(app):
     url, name = app.tradeoff.exported(["digits-run"], ["euler"])
     assert name == "trade-off.csv" and b"extractor_hash" in base64.b64decode(url.partition(",")[2])
     assert "nothing to save" in complains(lambda: app.tradeoff.exported(["moons-jumps"], ["euler"]))
-    assert app.pointed("digits-run", "heun", "steps", 4, "uniform", 3).endswith("-p run digits-run -p solvers heun -p nfes 8 -p seeds 3 -p n 2000 -p grid uniform")
-    assert app.pointed("nope", "heun", "steps", 4, "uniform", 3) == ""
+    form = GOOD | dict(solver="heun", seed=3)
+    assert app.pointed(*form.values()).endswith("-p run digits-run -p solvers heun -p nfes 8 -p seeds 3 -p n 2000 -p grid uniform")
+    assert app.pointed(*(form | dict(weights="raw", denoise=False)).values()).endswith("-p grid uniform -p weights raw -p denoise False")
+    assert app.pointed(*(form | dict(run="nope")).values()) == "" == app.pointed(*(form | dict(solver="rk45", by="NFE")).values())
 
 
 @pytest.mark.parametrize("change", [dict(wanted=""), dict(wanted="1, two"), dict(wanted="0"), dict(wanted="99999"), dict(wanted=None), dict(wanted="1.5"), dict(n=3), dict(n=None),
@@ -440,7 +455,7 @@ def test_points_are_compared_too_and_a_student_with_its_teacher(app):
     assert pages[-1][0] == "" and any(getattr(p[1], "data", None) for p in pages) and pages[-1][3].count("moons-run") >= 3
 
 
-@pytest.mark.parametrize("at, value, said", [(0, "nope", "column A"), (0, "none", "column B"), (2, 0, "column A"), (2, None, "column A"), (1, "rk45", "column A"), (6, "moons-run", "samples of 2"), (3, "x", "grid"), (11, 7, "head")])
+@pytest.mark.parametrize("at, value, said", [(0, "nope", "column A"), (0, "none", "column B"), (2, 0, "column A"), (2, None, "column A"), (1, "rk45", "column A"), (6, "moons-run", "samples of 2"), (6, "moons-short", "column B"), (3, "x", "grid"), (11, 7, "head")])
 def test_a_bad_column_is_named(app, at, value, said):
     row = list(ROW)
     row[at] = value
@@ -448,6 +463,12 @@ def test_a_bad_column_is_named(app, at, value, said):
         row[6] = "damaged-run"
     assert said in complains(lambda: list(app.compare.compared(0, 4, *row)))
     complains(lambda: app.compare.script(0, 4, *row))
+
+
+def test_a_column_takes_what_its_run_decides(app):
+    assert app.compare.seated("moons-short", "heun", 4) == ("euler", 1, "uniform", 1) and app.compare.seated("moons-run", "moons-solver", 4) == ("moons-solver", 3, "uniform", 1)
+    assert app.compare.seated("moons-run", "ab2", 4)[0] == "ab2" and app.compare.seated("none")[0] == gr.skip()
+    complains(lambda: app.compare.seated("nope"))
 
 
 # Share
@@ -459,6 +480,8 @@ def test_the_address_is_checked_and_says_what_is_wrong(app):
     found, wrong = share.understood(dict(amount="1e9", seed="-1", weights="best", view="nowhere", value="<b>", denoise="maybe"))
     assert not found and len(wrong) == 6 and all(len(w) < 200 for w in wrong)
     assert share.understood(dict(run="x" * 3000)) == ({}, ["the address is longer than 2048 characters and was not read"])
+    for bad in ("digits-rf~euler~x~uniform~ema~1", "zzz", "a~b~1~nowhere~ema~1", "a~b~1~uniform~best~1", "~" * 5):
+        assert "run~solver~NFE" in share.understood(dict(a=bad))[1][0]
     assert share.columns(dict(a="digits-run~euler~4~uniform~ema~1", b="broken"))[0]["amount"] == 4
     assert [c["run"] for c in share.columns(dict(a="digits-run~euler~4~uniform~ema~1", b="broken"))] == ["digits-run", "none", "none", "none"]
 
@@ -546,7 +569,7 @@ def calls(app):
         "job": (lambda **f: app.tradeoff.job(**f), dict(names=["moons-run"], solvers=["euler"], grid="uniform", wanted="2", n=100, seeds="0")),
         "compare": (lambda **f: list(app.compare.compared(*f.values())), dict(seed=0, count=2) | cheap),
         "cost": (lambda **f: app.cost(**f), dict(solver="euler", by="steps", amount=3, denoise=True, run="moons-run")),
-        "point": (lambda **f: app.pointed(**f), dict(name="moons-run", solver="euler", by="steps", amount=3, grid="uniform", seed=0)),
+        "point": (lambda **f: app.pointed(*f.values()), moons),
         "browse": (lambda **f: app.browser.browse(**f), dict(method="all", data="all", text="")),
         "about": (lambda **f: app.browser.about(**f), dict(name="moons-run")),
         "differences": (lambda **f: app.browser.apart(**f), dict(names=["moons-run", "moons-short"])),
@@ -808,7 +831,7 @@ def test_starting_costs_little(server):
 
 
 def test_round_trip_through_a_server(connect, app):
-    text, plane, paths, ends, panels, schedule, numbers, table, code = connect().predict(*GOOD.values(), api_name="/sample")
+    text, plane, paths, ends, panels, schedule, numbers, table, code, words = connect().predict(*GOOD.values(), api_name="/sample")
     assert text == sample(app)[-1][0] and plane is None and figure(numbers, "NFE counted") == "4" and "Run.open('digits-run')" in code
 
 

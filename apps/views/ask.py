@@ -151,9 +151,9 @@ def opened(name) -> Run:
 
 
 def preferred(wanted: str = "") -> str:
-    "The run a page opens with: the one wanted, else your newest that is trained, else one that ships; None if there is none."
+    "The run a page opens with: the one wanted, else your newest that is finished, else one that ships, else one under way; None if there is none."
     good = [r for r in listed() if not r.damaged]
-    rank = lambda r: (r.name != wanted, not r.step, r.shipped and r.method != "cud", r.shipped and r.data in POINTS)
+    rank = lambda r: (r.name != wanted, not r.step, r.step < r.steps, r.shipped and r.method != "cud", r.shipped and r.data in POINTS)
     return min(good, key=rank).name if good else None
 
 
@@ -208,8 +208,8 @@ def entry(name: str, run: Run = None) -> Solver:
     raise ValueError(f"the solver {name[:60]!r} is not offered here{guess(name[:60], [*SOLVERS, *learned(run)])}; choose one of the list")
 
 
-def moves(name: str, solver: Solver, by: str, amount: int, denoise: bool = True) -> int:
-    "The number of moves an amount of steps or NFE stands for."
+def moves(name: str, solver: Solver, by: str, amount: int, denoise: bool = True, guided: bool = False) -> int:
+    "The number of moves an amount of steps or NFE stands for; with guidance a call counts twice."
     only = len(solver.ts) - 1
     if solver.ts and not denoise:
         raise ValueError(f"{name} was fitted with a last move to t = 0; switch that on")
@@ -221,6 +221,10 @@ def moves(name: str, solver: Solver, by: str, amount: int, denoise: bool = True)
         return amount
     if solver.calls is None:
         raise ValueError(f"{name} chooses its calls itself: ask for steps instead of NFE")
+    if guided:
+        if amount % 2:
+            raise ValueError(f"NFE = {amount} is not possible with guidance: each of its calls counts twice; {amount - 1 or 2} or {amount + 1} is")
+        amount //= 2
     steps = steps_for(solver, amount, denoise)
     if steps is None:
         costs = [solver.calls(n, denoise) for n in ([only] if solver.ts else range(1, amount + 2))]
@@ -229,6 +233,11 @@ def moves(name: str, solver: Solver, by: str, amount: int, denoise: bool = True)
     if steps > MOST["steps"]:
         raise ValueError(f"NFE = {amount} means {steps} steps; at most {MOST['steps']}")
     return steps
+
+
+def guided(label, guidance) -> bool:
+    "Whether every step asks the network twice, with and without the class."
+    return label != ANY and guidance != 1
 
 
 # A walk: what was asked for, opened and ready to go
@@ -259,7 +268,7 @@ def asked(form) -> Walk:
     "The form as a walk that can be made, or a `ValueError`."
     ask = Ask(**dict(zip(NAMES, form)))
     run = opened(ask.run)
-    steps = moves(ask.solver, entry(ask.solver, run), ask.by, ask.amount, ask.denoise)
+    steps = moves(ask.solver, entry(ask.solver, run), ask.by, ask.amount, ask.denoise, guided(ask.label, ask.guidance))
     y = None
     if ask.label != ANY:
         if ask.label not in labels(run):

@@ -13,10 +13,14 @@ from views.ask import NAMES
 from views.ask import Walk
 from views.ask import asked
 from views.ask import data_url
+from views.ask import entry
 from views.ask import flat
 from views.ask import in_words
+from views.ask import kept
 from views.ask import manifest
 from views.ask import numbers
+from views.ask import opened
+from views.ask import possible
 from views.ask import remember
 from views.ask import table
 from views.ask import trajectory
@@ -57,7 +61,10 @@ def columns_of(seed, count, row) -> list:
             continue
         form = dict(by="NFE", seed=seed, count=count, label="any", guidance=1.0, lower_order_final="auto", denoise=True) | values
         try:
-            found.append((letter, asked([form[n] for n in NAMES])))
+            walk = asked([form[n] for n in NAMES])
+            if why := walk.run.refuses(**{k: walk.choices[k] for k in ("solver", "steps", "grid", "denoise", "guidance")}):
+                raise ValueError(why)
+            found.append((letter, walk))
         except ValueError as e:
             raise ValueError(f"column {letter}: {e}") from None
     if not found:
@@ -76,11 +83,16 @@ def compared(seed, count, *row):
         plane = flat(columns[0][1].run)
         text = ""
         for letter, walk in columns:
-            began, states = time.perf_counter(), []
-            for state in walk.states():
+            steps, states, spent[letter] = walk.states(), [], 0.0
+            while True:
+                began = time.perf_counter()
+                state = next(steps, None)
+                spent[letter] += time.perf_counter() - began
+                if state is None:
+                    break
                 states.append(state)
-                yield text, gr.skip(), numbers([("column", f"{letter}, step {state.i} of {walk.steps}")]), gr.skip()
-            spent[letter], tau = time.perf_counter() - began, trajectory(states, walk.run)
+                yield text, gr.skip(), numbers([("column", f"{letter}, step {state.i} of {walk.steps}")]), ""
+            tau = trajectory(states, walk.run)
             remember(walk, tau)
             ends[letter] = tau
             if not plane:
@@ -116,6 +128,21 @@ def name_of(walk: Walk) -> str:
     ask = walk.ask
     rest = [*([f"grid {ask.grid}"] if ask.grid != "uniform" else []), *([ask.weights] if ask.weights != "ema" else []), *([f"head {ask.head}"] if ask.head > 1 else [])]
     return ", ".join([ask.run, *([ask.solver] if ask.solver != ask.run else []), f"{ask.amount} NFE", *rest])
+
+
+def seated(name, solver="euler", amount=4) -> tuple:
+    "Solver, NFE, grid and head of a column when its run or solver is chosen: what that leaves no choice about is set."
+    with in_words():
+        if name in (None, "", NONE):
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        run = opened(name)
+        solver = solver if solver in possible(run) else kept(run, possible(run), solver)
+        made = entry(solver, run)
+        if run.fixed:
+            return solver, made.calls(run.fixed["steps"]), run.fixed["grid"], 1
+        if made.ts:
+            return solver, made.calls(len(made.ts) - 1), made.grid, made.made_for["head"]
+        return solver, run.own["steps"] if amount == 1 else gr.skip(), gr.skip(), gr.skip() if run.heads > 1 else 1
 
 
 def script(seed, count, *row) -> str:

@@ -111,7 +111,8 @@ def state(r: RunInfo) -> str:
 def row(r: RunInfo) -> list:
     "A run as a row of the table, in the order of HEADERS."
     best = r.best or {}
-    space = f"fd@{best['extractor']}, {best['solver']}" if best else ""
+    head = f", head {best['head']}" if best and best["head"] != 1 else ""
+    space = f"fd@{best['extractor']}, {best['solver']}{head}, {best['seeds']} {'seed' if best['seeds'] == 1 else 'seeds'}" if best else ""
     fine = not r.damaged
     return [r.name, r.method, r.data, r.step if fine else None, r.parameters if fine else None, best and float(f"{best['fd']:.4g}") or None, best.get("nfe"), space,
             (r.changed or r.created)[:16].replace("T", " "), state(r)]

@@ -4,6 +4,8 @@ from dataclasses import fields
 
 from cudlab.core import Args
 from cudlab.core import spec
+from cudlab.dode import NATIVE
+from cudlab.path import GRIDS
 from views.ask import Ask
 from views.compare import COLUMN
 from views.compare import LETTERS
@@ -57,6 +59,8 @@ def understood(query: dict) -> tuple:
                     kind(**{f.name: value})
                     if f.name in ("value", "axis", "n"):
                         Chart(**{f.name: value})
+                    if f.name in ("a", "b", "c", "d") and not column(value):
+                        raise ValueError(f"{f.name} = {value[:60]!r} is not run~solver~NFE~grid~weights~head")
                     found[f.name] = value
                 except ValueError as e:
                     wrong.append(str(e))
@@ -66,9 +70,9 @@ def understood(query: dict) -> tuple:
 def column(text: str) -> dict:
     "A column of the comparison from the address: {} if it is not one."
     parts = text.split("~")
-    if len(parts) != len(COLUMN):
-        return {}
-    return {k: int(v) if k in ("amount", "head") and v.isdecimal() else v for k, v in zip(COLUMN, parts)}
+    found = {k: int(v) if k in ("amount", "head") and v.isdecimal() and len(v) < 9 else v for k, v in zip(COLUMN, parts)}
+    fine = len(parts) == len(COLUMN) and isinstance(found["amount"], int) and isinstance(found["head"], int) and found["grid"] in (*GRIDS, NATIVE) and found["weights"] in ("ema", "raw")
+    return found if fine else {}
 
 
 def columns(found: dict) -> list:

@@ -76,8 +76,8 @@ def selected(names: list, solvers: list, grid: str) -> list:
     return found
 
 
-def protocol(scores: list) -> list:
-    "The largest set of scores that may share an axis, the newest where sizes tie."
+def protocol(scores: list, newest: dict = None) -> list:
+    "The largest set of scores that may share an axis, the newest where sizes tie; the one of a score that was just measured."
     groups = []
     for score in scores:
         home = next((g for g in groups if not comparable(g[0], score)), None)
@@ -85,23 +85,30 @@ def protocol(scores: list) -> list:
             groups.append([score])
         else:
             home.append(score)
+    if newest:
+        return next(g for g in groups if not comparable(g[0], newest))
     return max(reversed(groups), key=len) if groups else []
 
 
-def drawn(names: list, solvers: list, chart: Chart) -> tuple:
+def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tuple:
     "Chart, protocol in words, and the same as a table."
     scores = selected(names, solvers, chart.grid)
-    group = protocol(scores)
+    group = protocol(scores, newest)
     have = [s for s in group if s.get(chart.value) is not None]
     if not have:
         why = f"None of these scores holds {chart.value}: they are from before it was measured, or it does not exist for these runs." if group else "Nothing measured yet."
         return plot.tradeoff([], chart.value, AXES[chart.axis]), f"<p class='caption'>{why} Choose solvers and numbers of calls, then press <b>Measure missing points</b>.</p>", ""
     words = ", ".join(f"{html.escape(k)} <b>{html.escape(str(group[0][k]))}</b>" for k in (*PROTOCOL, "device") if group[0].get(k) not in (None, ""))
+    lines = {}
+    for s in have:
+        lines.setdefault(plot.line_name(s), set()).add(s.get("seed", 0))
+    single = sum(len(found) == 1 for found in lines.values())
+    bars = "Bars: 95 % intervals" + (" over the samples of the one seed" if single == len(lines) else " over the seeds" if not single else f" over the seeds; over the samples for {single} of {len(lines)} lines, which have one seed") + "."
     seeds = ", ".join(str(s) for s in sorted({s.get("seed", 0) for s in have}))
     note = next((s["note"] for s in have if s.get("note")), "")
     left = next((f" {len(scores) - len(group)} scores are not on this axis: {html.escape(comparable(group[0], s))}." for s in scores if s not in group), "")
     looked = html.escape(", ".join(sorted({s["run"] for s in have if s.get("seen")})))
-    caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>.{f' {html.escape(note)}.' if note else ''}{left}"
+    caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>. {bars}{f' {html.escape(note)}.' if note else ''}{left}"
                f"{f' Trained through features of this family, so not judged by them: <b>{looked}</b>.' if looked else ''}</p>")
     columns = ["run", "solver", "grid", "head", "steps", "nfe", *VALUES, "reference", "seen", "straightness", "ms", "seconds", "seed", "n", "weights", "extractor", "machine"]
     columns = [k for k in columns if any(s.get(k) is not None for s in have)]
@@ -137,7 +144,7 @@ def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Pr
                     jobs += [(run, solver, dict(seed=seed, n=chart.n, grid=on, **fixed)) for seed in seeds]
         if not jobs:
             raise ValueError(f"none of these solvers goes with {', '.join(names)[:80]}; choose another solver")
-        made = 0
+        made, newest = 0, None
         for at, (run, solver, how) in enumerate(jobs):
             def tell(done, size, at=at, run=run, solver=solver):
                 clock.check()
@@ -145,11 +152,11 @@ def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Pr
 
             for score in curve(run, (solver,), tuple(budgets), progress=tell, **how):
                 run.add_score(score)
-                made += 1
-                yield drawn(names, solvers, chart)
+                made, newest = made + 1, score
+                yield drawn(names, solvers, chart, newest)
         if not made:
             gr.Info("All of these points are measured already, or not possible.", duration=4)
-        yield drawn(names, solvers, chart)
+        yield drawn(names, solvers, chart, newest)
 
 
 def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
@@ -166,10 +173,10 @@ def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
         return data_url(out.getvalue().encode(), "text/csv"), "trade-off.csv"
 
 
-def job(names, solvers, grid, wanted, n, seeds) -> str:
+def job(names, solvers, grid, wanted, n, seeds, **how) -> str:
     "The command that measures the same."
     with in_words():
         row = lambda v: " ".join(map(str, v))
         given = dict(run=row(names_of(names, "runs", 24)), solvers=row(names_of(solvers, "solvers", 12)), nfes=row(whole_numbers(wanted, "NFE", 1, MOST["nfe"], MOST["scores"])),
-                     seeds=row(whole_numbers(seeds, "seeds", 0, 2**53 - 1, 10)), n=Chart(n=n, grid=grid).n, grid=grid)
+                     seeds=row(whole_numbers(seeds, "seeds", 0, 2**53 - 1, 10)), n=Chart(n=n, grid=grid).n, grid=grid) | how
         return "papermill nbs/evaluate.ipynb scores.ipynb " + " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in given.items())

@@ -36,6 +36,7 @@ from views.ask import table
 from views.ask import trajectory
 
 EVERY = 0.1
+HINT = "<p class='caption'>Against the flow's own way (Heun, 64 steps) and move by move.</p>"
 SHARP = 2_000_000
 FIELD = 17
 
@@ -150,8 +151,8 @@ def script(walk: Walk) -> str:
 def told(walk: Walk, tau, spent: float, after: float) -> str:
     "The line of figures over a finished walk."
     lost, many = int((~tau.x.flatten(1).isfinite().all(1)).sum()), len(tau.vs) > 1
-    return numbers([("steps", len(tau.vs)), ("NFE counted", f"{tau.nfe:g}"), ("solver time", f"{1000 * spent:.0f} ms"), ("shown after", f"{1000 * after:.0f} ms"),
-                    *([("deviation from straight", f"{float(tau.straightness.mean()):.3g}")] if many else []), *([("not finite", f"{lost} of {walk.ask.count}")] if lost else [])])
+    return numbers([("steps", len(tau.vs)), ("NFE counted", f"{tau.nfe:g}"), *([("solver time", f"{1000 * spent:.0f} ms"), ("shown after", f"{1000 * after:.0f} ms")] if spent is not None else []),
+                    *([("deviation from straight", f"{float(tau.straightness.mean()):.3g}")] if many and entry(walk.ask.solver, walk.run).order else []), *([("not finite", f"{lost} of {walk.ask.count}")] if lost else [])])
 
 
 def projected(walk: Walk, tau, chosen="all", dims="2-D"):
@@ -174,7 +175,7 @@ def projected(walk: Walk, tau, chosen="all", dims="2-D"):
 
 
 def sampled(*form):
-    "Stream a sampling: (film, plane, paths, their table, panels, schedule, numbers, table of moves, script) as they come to be."
+    "Stream a sampling: (film, plane, paths, their table, panels, schedule, numbers, table of moves, script, what is known of the errors) as they come to be."
     with in_words():
         walk = asked(form)
         start = shown = time.perf_counter()
@@ -196,14 +197,18 @@ def sampled(*form):
                 done = numbers([("step", f"{state.i} of {walk.steps}"), ("NFE so far", f"{state.nfe:g}"), ("time", f"{1000 * spent:.0f} ms")])
                 chart = plot.plane(torch.stack([s.x for s in states]), cloud(walk.run.config.data), reach=3.2) if plane else None
                 drawing += time.perf_counter() - now
-                yield film.text if film else "", chart, *[gr.skip()] * 4, done, gr.skip(), gr.skip()
+                yield film.text if film else "", chart, *[gr.skip()] * 4, done, gr.skip(), gr.skip(), HINT
         tau = trajectory(states, walk.run)
         remember(walk, tau)
         done = told(walk, tau, spent, time.perf_counter() - start)
-        yield film.text if film else "", gr.skip(), *[gr.skip()] * 4, done, gr.skip(), code
-        found = panels(walk, tau)
-        yield (film.text if film else "", played(walk, tau) if plane else None, *projected(walk, tau), plot.moves(found, tau.ts), plot.schedule(tau.ts, 300), done,
-               tabled(moved(tau, found)), code)
+        yield film.text if film else "", gr.skip(), *[gr.skip()] * 4, done, gr.skip(), code, HINT
+        yield whole(walk, tau, film, panels(walk, tau), done, HINT)
+
+
+def whole(walk: Walk, tau, film, found: dict, done: str, words: str) -> tuple:
+    "Everything the page shows of a finished walk."
+    plane = flat(walk.run)
+    return (film.text if film else "", played(walk, tau) if plane else None, *projected(walk, tau), plot.moves(found, tau.ts), plot.schedule(tau.ts, 300), done, tabled(moved(tau, found)), script(walk), words)
 
 
 def played(walk: Walk, tau):
@@ -244,12 +249,14 @@ def scale_of(values: list) -> float:
 
 
 def errors(*form):
-    "Measure a walk move by move: (film with its last two layers, panels, table, what was done in words)."
+    "Measure a walk move by move: what `sampled` gives, with the film's last two layers, two panels more and in words how far it went astray."
     with in_words():
         walk, clock = asked(form), Clock()
         if entry(walk.ask.solver, walk.run).order is None:
             raise ValueError(f"{walk.ask.solver} follows no ODE: there is no flow to hold its states against; choose another solver")
+        began = time.perf_counter()
         tau = finished(walk)
+        done = told(walk, tau, None, time.perf_counter() - began)
         film = None if flat(walk.run) else Film(walk).replay(tau)
         name, flow = reference(walk)
         tau = at_home(walk, tau)
@@ -257,14 +264,14 @@ def errors(*form):
         for i, ref in of.reference_states(flow, tau.xs[0], tau.ts):
             clock.check()
             gaps.append(tau.xs[i] - ref)
-            yield gr.skip(), gr.skip(), gr.skip(), f"<p class='caption' role='status'>the reference: step {i} of {walk.steps}</p>"
+            yield *[gr.skip()] * 9, f"<p class='caption' role='status'>the reference: step {i} of {walk.steps}</p>"
         if not walk.run.fixed:
             for _, error, rms, sure in of.local_error(tau, walk.flow()):
                 clock.check()
                 local.append(error)
                 sizes.append(rms)
                 accuracy.append(float(sure.max()))
-                yield gr.skip(), gr.skip(), gr.skip(), f"<p class='caption' role='status'>the local error: move {len(local)} of {walk.steps}</p>"
+                yield *[gr.skip()] * 9, f"<p class='caption' role='status'>the local error: move {len(local)} of {walk.steps}</p>"
         if film:
             film.reach = {}
             for layer, values, at in (("gap", gaps, 0), ("error", local, 1)):
@@ -279,7 +286,7 @@ def errors(*form):
         sure = f", known to {max(accuracy):.1g}" if accuracy else ""
         words = (f"<p class='caption' role='status'>Held against the flow of <b>{name}</b> (Heun, at least 64 steps): the samples end <b>{float(apart[-1].mean()):.3g}</b> away (rms, mean of {walk.ask.count})."
                  + (f" Local error of a move: its state against the flow from where it left (Runge-Kutta 4, step doubling{sure})." if sizes else "") + "</p>")
-        yield film.text if film else "", plot.moves(found, tau.ts), tabled(moved(tau, found)), words
+        yield whole(walk, finished(walk), film, found, done, words)
 
 
 # Files of what is on screen
