@@ -378,7 +378,10 @@ def test_the_page_works_behind_a_proxy_on_a_sub_path(visit, lab_env):
         def log_message(self, *a):
             pass
 
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128 # a page asks for many files at once
+
+    proxy = Server(("127.0.0.1", 0), Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
         page = visit(at=f"http://127.0.0.1:{proxy.server_port}/lab/")
