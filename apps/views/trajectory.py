@@ -119,7 +119,7 @@ def panels(walk: Walk, tau, **extra) -> dict:
     if walk.run.heads > 1:
         y = walk.choices["y"]
         network = walk.run.source.net(walk.ask.weights)
-        found |= {"heads, distance from the first (rms)": of.head_gaps(tau, network, None if y is None else walk.run.labels(y, walk.ask.count))}
+        found |= {"heads, distance from the first (rms)": of.head_gaps(tau, network, None if y is None else walk.run.labels(y, walk.ask.count).to(tau.xs.device))}
     return found | extra
 
 
