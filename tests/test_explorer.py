@@ -379,6 +379,7 @@ def test_missing_points_are_measured_one_by_one_and_kept(app):
 
 
 def test_scores_of_another_protocol_are_counted_and_not_drawn(app):
+    measure(app, ["digits-run"], ["euler"], "1, 2")
     run = ask.opened("digits-run")
     mine = [s for s in run.scores if s["solver"] == "euler"]
     run.add_score(mine[0] | dict(n=32, note="a <b>warning</b>"))
@@ -399,6 +400,7 @@ def test_learned_solvers_students_and_teachers_share_an_axis(app):
 
 
 def test_other_scores_and_the_time_axis(app):
+    measure(app, ["digits-run"], ["euler"], "1, 2")
     for value in app.tradeoff.VALUES:
         chart, caption, _ = app.tradeoff.scores(["digits-run"], ["euler"], value, "wall time")
         assert "Protocol" in caption or "None of these scores" in caption, value
@@ -406,6 +408,7 @@ def test_other_scores_and_the_time_axis(app):
 
 
 def test_the_job_measures_the_same(app):
+    measure(app, ["digits-run"], ["euler"], "1, 2")
     command = app.tradeoff.job(["digits-run"], ["euler", "ab2"], "uniform", "1, 2", 80, "0 1")
     assert command == "papermill nbs/evaluate.ipynb scores.ipynb -p run digits-run -p solvers 'euler ab2' -p nfes '1 2' -p seeds '0 1' -p n 80 -p grid uniform"
     url, name = app.tradeoff.exported(["digits-run"], ["euler"])
@@ -541,6 +544,14 @@ def test_a_run_that_holds_a_solver_tells_what_was_learned(app):
     assert "network of <b>moons-run</b>, step 20" in facts and run_module.Run.open("moons-run").network_hash()[:12] in facts
     assert {t.name for t in loss.data if t.name} == {"solver", "euler"} and "args.teacher=moons-run" in command
     assert replace(run_module.parameters(run_module.from_words(command.split()[4:]))[0], log_every=1) == ask.opened("moons-solver").config
+
+
+def test_the_newest_average_of_a_job_is_measured(app):
+    pages = list(app.live.scored("moons-jumps", progress=still))
+    assert len(pages) == 13 and "12 scores of the average of step 4" in pages[-1][1] and len(list(app.live.scored("moons-jumps", progress=still))) == 1
+    assert {s["solver"] for s in ask.opened("moons-jumps").scores} == {"flow-map", "euler", "ab2"}
+    for bad in ("nope", None, 3, "damaged-run", "../moons-jumps"):
+        complains(lambda bad=bad: list(app.live.scored(bad, progress=still)))
 
 
 # Under use
@@ -765,7 +776,7 @@ def test_a_full_queue_answers_at_once(slow):
 def test_every_endpoint_has_a_stable_name(app):
     page = app.build()
     names = {d.api_name for d in page.fns.values() if d.api_visibility == "public"}
-    assert {"sample", "errors", "paths", "export_png", "export_gif", "export_csv", "export_scores", "browse", "about", "differences", "job_state", "job_start", "job_stop", "job_resume", "seed", "runs", "fit", "cost", "decide", "point", "scores", "measure", "job", "compare"} <= names
+    assert {"sample", "errors", "paths", "export_png", "export_gif", "export_csv", "export_scores", "browse", "about", "differences", "job_state", "job_start", "job_stop", "job_resume", "job_measure", "seed", "runs", "fit", "cost", "decide", "point", "scores", "measure", "job", "compare"} <= names
     assert not [n for n in names if isinstance(n, str) and re.search(r"_\d+$|lambda", n)], names
     solving = [d for d in page.fns.values() if d.concurrency_id == "solve"]
     assert len(solving) >= 7 and all(d.concurrency_limit == 1 for d in solving)

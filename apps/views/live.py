@@ -20,6 +20,7 @@ from cudlab import plot
 from cudlab.core import guess
 from cudlab.core import settings
 from cudlab.metrics import comparable
+from cudlab.metrics import curve
 from cudlab.run import Run
 from cudlab.run import clock
 from cudlab.run import from_words
@@ -29,11 +30,14 @@ from cudlab.run import method_of
 from cudlab.run import parameters
 from cudlab.run import place
 from cudlab.run import teacher_of
+from views.ask import Clock
 from views.ask import data_url
 from views.ask import flat
 from views.ask import in_words
 from views.ask import listed
 from views.ask import numbers
+from views.ask import opened
+from views.ask import possible
 from views.ask import sentence
 
 ALLOWED = False # whether jobs may be started from the page; the explorer sets it where only this machine can reach it
@@ -254,6 +258,27 @@ def measured(run: Run):
     return plot.quality(mine, height=300), f"<p class='caption'>{len(mine)} scores of the average of step {run.step:,}.</p>"
 
 
+def scored(name, progress=gr.Progress()):
+    "Measure the newest average at 1 to 8 calls with 500 samples each: (chart, caption) after each point."
+    with in_words():
+        state(name)
+        run, clock = opened(name), Clock(2)
+        if not run.step:
+            raise ValueError(f"run {name!r} has no checkpoint yet, so there is nothing to measure")
+        solvers = tuple(s for s in dict.fromkeys((run.own["solver"], "euler", "ab2")) if s in possible(run))
+
+        def tell(done, size):
+            clock.check()
+            progress((done, size), desc="one point", unit="samples")
+
+        for score in curve(run, solvers, (1, 2, 4, 8), progress=tell, n=500):
+            run.add_score(score)
+            chart, caption = measured(run)
+            yield gr.update(value=chart, visible=True), caption
+        chart, caption = measured(run)
+        yield gr.update(value=chart, visible=bool(chart)), caption
+
+
 def view(name) -> tuple:
     "Everything shown of a job: state, loss as a figure in JSON, samples, quality, its caption, the log."
     if not name:
@@ -342,6 +367,7 @@ def build(
             gr.HTML("<h2 class='group-name'>quality of the newest average</h2>")
             chart = gr.Plot(label="Quality of the newest average", show_label=False, elem_id="job-chart", visible=False)
             caption = gr.HTML(elem_id="job-caption")
+            score = gr.Button("Measure this average", size="sm", min_width=170, elem_id="job-measure")
             gr.HTML(f"{CSS}<h2 class='group-name'>last lines of the job</h2>")
             log = gr.HTML(elem_id="job-log")
     timer = gr.Timer(EVERY, active=False)
@@ -356,6 +382,7 @@ def build(
 
     tab.parent.select(left, None, timer, api_visibility="private", **quick)
     gr.api(state, api_name="job_state")
+    score.click(scored, name, [chart, caption], preprocess=False, api_name="job_measure", concurrency_id="solve", concurrency_limit=1)
     for action in (start, resume, stop):
         gr.api(action, api_name=f"job_{action.__name__}")
     for button, action, given in ((go, start, text), (again, resume, name), (halt, stop, name)):
