@@ -386,6 +386,9 @@ def test_the_page_works_behind_a_proxy_on_a_sub_path(visit, lab_env):
     try:
         page = visit(at=f"http://127.0.0.1:{proxy.server_port}/lab/")
         columns(page, 9)
+        page.locator("#paths .main-svg").first.wait_for()
+        page.wait_for_timeout(800)
+        page.close()
     finally:
         proxy.shutdown()
         stop_server(process)
