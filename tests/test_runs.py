@@ -72,7 +72,7 @@ def test_a_listing_from_memory_is_the_listing_of_a_fresh_process(lab):
     (lab.folder / "b" / "ema.safetensors").unlink()
     with open(lab.folder / "c" / "net.safetensors", "r+b") as f:
         f.truncate(10)
-    score = Run.open("d").scores[0] | {"fd": 0.5, "seed": 77}
+    score = Run.open("d").scores[0] | {"fd": 0.5, "seed": 77, "head": 2}
     Run.open("d").add_score(score)
     shutil.rmtree(lab.folder / "e")
     lab("g")
