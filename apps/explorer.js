@@ -175,7 +175,6 @@ window.cudlab = (() => {
       }
       const scroller = this.strip.parentElement;
       if (!this.follow && (col.el.offsetLeft < scroller.scrollLeft || col.el.offsetLeft + col.el.offsetWidth > scroller.scrollLeft + scroller.clientWidth)) scroller.scrollLeft = col.el.offsetLeft - scroller.clientWidth / 2;
-      document.dispatchEvent(new CustomEvent('cudlab-step', {detail: {step: col.i, steps: this.head.steps}}));
     }
     move(by) {
       const at = this.columns.indexOf(this.nearest()) + by;

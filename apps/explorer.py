@@ -5,7 +5,6 @@
 import argparse
 import html
 import json
-import logging
 import os
 import socket
 import sys
@@ -26,6 +25,7 @@ from views import share
 from views import tradeoff
 from views import trajectory
 from views.ask import ANY
+from views.ask import LOG
 from views.ask import LOWER
 from views.ask import MOST
 from views.ask import NAMES
@@ -59,7 +59,6 @@ from cudlab.solver import SOLVERS
 from cudlab.solver import Solver
 
 HERE = Path(__file__).resolve().parent
-LOG = logging.getLogger("cudlab.explorer")
 
 
 # What the form shows when a run or a solver is chosen
@@ -173,11 +172,11 @@ def contestants(chosen: str, columns: list = None, found: dict = None) -> list:
         other = own | dict(solver="ab2") if not run.fixed else dict(run=root.name, solver="ab2", amount=4) if root else {}
         columns = [own, other, {"run": compare.NONE}, {"run": compare.NONE}]
     usual = dict(zip(compare.COLUMN, (compare.NONE, "euler", 4, "uniform", "ema", 1)))
-    choices = [("none", compare.NONE), *menu()]
+    choices, solvers = [("none", compare.NONE), *menu()], measurable()
     rows = []
     for column in columns:
         made = usual | column
-        rows += [gr.update(choices=choices, value=made["run"] if made["run"] in [c for _, c in choices] else compare.NONE), gr.update(choices=measurable(), value=made["solver"]), *(made[k] for k in compare.COLUMN[2:])]
+        rows += [gr.update(choices=choices, value=made["run"] if made["run"] in [c for _, c in choices] else compare.NONE), gr.update(choices=solvers, value=made["solver"]), *(made[k] for k in compare.COLUMN[2:])]
     return [found.get("seed2", 0), found.get("count2", 16), *rows]
 
 
@@ -289,13 +288,13 @@ def build() -> gr.Blocks:
                                     t_csv = gr.Button("CSV", size="sm", min_width=60, scale=0)
                                     gr.Button("SVG", size="sm", min_width=60, scale=0).click(None, None, None, js="() => cudlab.svg('chart', 'trade-off.svg')", api_name=False)
                     with gr.Tab("Compare", id="compare"):
-                        contest = []
+                        contest, countable = [], measurable()
                         with gr.Row(equal_height=False, elem_id="contest-form"):
                             for letter in compare.LETTERS:
                                 with gr.Column(min_width=200, elem_classes="contestant"):
                                     gr.HTML(f"<h2 class='group-name'>{letter}</h2>")
                                     contest += [gr.Dropdown([("none", compare.NONE)], value=compare.NONE, label=f"Run {letter}", show_label=False, elem_id=f"run-{letter.lower()}"),
-                                                gr.Dropdown(measurable(), value="euler", label=f"Solver {letter}", show_label=False, elem_id=f"solver-{letter.lower()}"),
+                                                gr.Dropdown(countable, value="euler", label=f"Solver {letter}", show_label=False, elem_id=f"solver-{letter.lower()}"),
                                                 gr.Number(4, label=f"NFE {letter}", precision=0, minimum=1)]
                                     with gr.Accordion("Grid, weights, head", open=False):
                                         contest += [gr.Dropdown([*GRIDS, NATIVE], value="uniform", label=f"Grid {letter}", filterable=False),

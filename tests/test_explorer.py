@@ -450,6 +450,9 @@ def test_columns_share_their_noise(app):
     space = {}
     exec(app.compare.script(5, 4, *ROW), space)
     assert torch.equal(space["a"].x, a) and torch.equal(space["b"].x, b)
+    space = {}
+    exec(app.compare.script(5, 4, *COLUMNS[2], *COLUMNS[0], *COLUMNS[3], *COLUMNS[1]), space) # the first columns may be empty
+    assert torch.equal(space["b"].x, a) and torch.equal(space["d"].x, b)
 
 
 def test_points_are_compared_too_and_a_student_with_its_teacher(app):

@@ -1,6 +1,8 @@
 "What a client may ask for: runs by id, solvers that fit, every value checked, every error one sentence."
 import base64
+import csv
 import html
+import io
 import logging
 import threading
 import time
@@ -257,6 +259,12 @@ class Walk:
             clock.check()
             yield state
 
+    def script(self) -> str:
+        "The Python that makes the same trajectory."
+        usual = dict(weights="ema", head=1, y=None, guidance=1.0, lower_order_final=None, denoise=True)
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.choices.items() if k not in usual or usual[k] != v)
+        return f"Run.open({self.ask.run!r}).solve({shown})"
+
     def flow(self):
         "The velocity the walk follows."
         ask = self.ask
@@ -278,6 +286,16 @@ def asked(form) -> Walk:
         raise ValueError(f"head = {ask.head} is out of range: {run.name} has {run.heads}")
     return Walk(ask, run, steps, dict(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y,
                                       guidance=ask.guidance, lower_order_final=LOWER[ask.lower_order_final], denoise=ask.denoise))
+
+
+def timed(states):
+    "Each state with the seconds it took, what is done between two of them not counted."
+    while True:
+        began = time.perf_counter()
+        state = next(states, None)
+        if state is None:
+            return
+        yield state, time.perf_counter() - began
 
 
 WALKS = OrderedDict()
@@ -328,6 +346,15 @@ def table(rows: list, columns: list, caption: str) -> str:
 def folded(name: str, inside: str) -> str:
     "A table alternative that stays out of the way until it is wanted."
     return f"<details class='folded'><summary>{html.escape(name)}</summary>{inside}</details>"
+
+
+def csv_url(rows: list) -> str:
+    "Dicts as an address of a CSV file."
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(k for row in rows for k in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return data_url(out.getvalue().encode(), "text/csv")
 
 
 def data_url(data: bytes, kind: str) -> str:

@@ -1,6 +1,5 @@
 "Compare: up to four ways of sampling on the same noise."
 import json
-import time
 
 import gradio as gr
 import torch
@@ -9,6 +8,7 @@ from cudlab import plot
 from cudlab.metrics import interval
 from cudlab.metrics import keep
 from cudlab.solver import solve
+from cudlab.trajectory import rms
 from views.ask import NAMES
 from views.ask import Walk
 from views.ask import asked
@@ -23,6 +23,7 @@ from views.ask import opened
 from views.ask import possible
 from views.ask import remember
 from views.ask import table
+from views.ask import timed
 from views.ask import trajectory
 from views.trajectory import cloud
 from views.trajectory import mosaic
@@ -83,13 +84,9 @@ def compared(seed, count, *row):
         plane = flat(columns[0][1].run)
         text = ""
         for letter, walk in columns:
-            steps, states, spent[letter] = walk.states(), [], 0.0
-            while True:
-                began = time.perf_counter()
-                state = next(steps, None)
-                spent[letter] += time.perf_counter() - began
-                if state is None:
-                    break
+            states, spent[letter] = [], 0.0
+            for state, took in timed(walk.states()):
+                spent[letter] += took
                 states.append(state)
                 yield text, gr.skip(), numbers([("column", f"{letter}, step {state.i} of {walk.steps}")]), ""
             tau = trajectory(states, walk.run)
@@ -108,13 +105,13 @@ def compared(seed, count, *row):
             line = {"": letter, "sampled": name_of(walk), "steps": walk.steps, "NFE": f"{tau.nfe:g}", "solver time": f"{1000 * spent[letter]:.0f} ms"}
             try:
                 name, x = goal(walk)
-                apart[letter] = (tau.x - x).flatten(1).square().mean(1).sqrt()
+                apart[letter] = rms(tau.x - x)
                 line |= {"reference": name, "distance to it": paired(apart[letter])}
             except ValueError as e:
                 line |= {"reference": str(e)[:120]}
             first = columns[0][0]
             if letter != first:
-                line[f"from {first}"] = paired((tau.x - ends[first].x).flatten(1).square().mean(1).sqrt())
+                line[f"from {first}"] = paired(rms(tau.x - ends[first].x))
                 if letter in apart and first in apart:
                     line[f"nearer than {first} by"] = paired(apart[first] - apart[letter])
             lines.append(line)
@@ -148,10 +145,6 @@ def seated(name, solver="euler", amount=4) -> tuple:
 def script(seed, count, *row) -> str:
     "The Python that makes the same columns."
     with in_words():
-        made = []
-        for letter, walk in columns_of(seed, count, row):
-            usual = dict(weights="ema", head=1, y=None, guidance=1.0, lower_order_final=None, denoise=True)
-            made.append(f"{letter.lower()} = Run.open({walk.ask.run!r}).solve({', '.join(f'{k}={v!r}' for k, v in walk.choices.items() if k not in usual or usual[k] != v)})")
-        return "\n".join(["from cudlab.run import Run", "", *made, "(a.x - b.x).square().mean().sqrt()" if len(made) > 1 else "a.x"])
-
-
+        made = {letter.lower(): walk.script() for letter, walk in columns_of(seed, count, row)}
+        a, b = [*made, *made][:2]
+        return "\n".join(["from cudlab.run import Run", "", *(f"{k} = {v}" for k, v in made.items()), f"({a}.x - {b}.x).square().mean().sqrt()" if len(made) > 1 else f"{a}.x"])

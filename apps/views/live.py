@@ -35,6 +35,7 @@ from views.ask import data_url
 from views.ask import flat
 from views.ask import in_words
 from views.ask import listed
+from views.ask import manifest
 from views.ask import numbers
 from views.ask import opened
 from views.ask import possible
@@ -289,10 +290,10 @@ def view(name) -> tuple:
         return told(at), "", "", gr.update(value=None, visible=False), "", log
     with in_words():
         folder = known(name).path
-        run, stat = Run(folder), (folder / "MANIFEST.json").stat()
+        run = Run(folder)
         loss = plot.training(run.metrics).update_layout(uirevision=name).to_json() if run.metrics else ""
         try:
-            drawn = samples(str(folder), run.step, (stat.st_mtime_ns, stat.st_size, stat.st_ino)) if run.step else "<p class='caption'>No checkpoint yet.</p>"
+            drawn = samples(str(folder), run.step, manifest(folder)) if run.step else "<p class='caption'>No checkpoint yet.</p>"
         except ValueError as e:
             drawn = f"<p class='caption'>{sentence(e)}</p>"
         chart, caption = measured(run)

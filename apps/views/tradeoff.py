@@ -1,7 +1,5 @@
 "Trade-off: quality against calls or time, for any runs and solvers, measured where points are missing."
-import csv
 import html
-import io
 import shlex
 from dataclasses import dataclass
 
@@ -19,7 +17,7 @@ from cudlab.run import Run
 from cudlab.solver import SOLVERS
 from views.ask import MOST
 from views.ask import Clock
-from views.ask import data_url
+from views.ask import csv_url
 from views.ask import entry
 from views.ask import folded
 from views.ask import in_words
@@ -114,7 +112,7 @@ def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tupl
     columns = [k for k in columns if any(s.get(k) is not None for s in have)]
     columns += [k for k in ("lower_order_final", "denoise") if any(s.get(k, plot.USUAL[k]) != plot.USUAL[k] for s in have)]
     rows = sorted(have, key=lambda s: (str(s.get("run")), str(s.get("solver")), s.get("nfe") or 0, s.get("seed") or 0))
-    height = 400 + 18 * max(0, len({plot.line_name(s) for s in have}) - 4)
+    height = 400 + 18 * max(0, len(lines) - 4)
     return plot.tradeoff(have, chart.value, AXES[chart.axis], height=height), caption, folded(f"{len(rows)} scores as a table", table(rows, columns, f"{len(rows)} scores"))
 
 
@@ -166,11 +164,7 @@ def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
         rows = [s for s in protocol(selected(names_of(names, "runs", 24), names_of(solvers, "solvers", 12), chart.grid)) if s.get(chart.value) is not None]
         if not rows:
             raise ValueError("nothing is measured of these runs and solvers yet, so there is nothing to save")
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(dict.fromkeys(k for row in rows for k in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-        return data_url(out.getvalue().encode(), "text/csv"), "trade-off.csv"
+        return csv_url(rows), "trade-off.csv"
 
 
 def job(names, solvers, grid, wanted, n, seeds, **how) -> str:

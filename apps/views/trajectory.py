@@ -1,5 +1,4 @@
 "Trajectory and Velocity: one walk, seen picture by picture and number by number."
-import csv
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ from views.ask import MOST
 from views.ask import Clock
 from views.ask import Walk
 from views.ask import asked
+from views.ask import csv_url
 from views.ask import data_url
 from views.ask import entry
 from views.ask import finished
@@ -33,6 +33,7 @@ from views.ask import manifest
 from views.ask import numbers
 from views.ask import remember
 from views.ask import table
+from views.ask import timed
 from views.ask import trajectory
 
 EVERY = 0.1
@@ -142,10 +143,7 @@ def tabled(rows: list) -> str:
 
 def script(walk: Walk) -> str:
     "The Python that makes the same picture."
-    ask = walk.ask
-    usual = dict(weights="ema", head=1, y=None, guidance=1.0, lower_order_final=None, denoise=True)
-    shown = ", ".join(f"{k}={v!r}" for k, v in walk.choices.items() if k not in usual or usual[k] != v)
-    return f"from cudlab.run import Run\n\ntrajectory = Run.open({ask.run!r}).solve({shown})\ntrajectory.x, trajectory.nfe, trajectory.straightness.mean()"
+    return f"from cudlab.run import Run\n\ntrajectory = {walk.script()}\ntrajectory.x, trajectory.nfe, trajectory.straightness.mean()"
 
 
 def told(walk: Walk, tau, spent: float, after: float) -> str:
@@ -180,14 +178,9 @@ def sampled(*form):
         walk = asked(form)
         start = shown = time.perf_counter()
         plane, states, spent, drawing = flat(walk.run), [], 0.0, 0.0
-        film, steps, code = None if plane else Film(walk), walk.states(), script(walk)
-        while True:
-            began = time.perf_counter()
-            state = next(steps, None)
-            took = time.perf_counter() - began
+        film, code = None if plane else Film(walk), script(walk)
+        for state, took in timed(walk.states()):
             spent += took
-            if state is None:
-                break
             states.append(state)
             if film:
                 film.move(states[-2], state) if state.i else film.start(state)
@@ -280,7 +273,7 @@ def errors(*form):
                     film.write(k="scale", reach=film.reach)
                     for i, value in enumerate(values, at):
                         film.add(layer, i, tau.ts[i], value, film.reach[layer])
-        apart = torch.stack([g.flatten(1).square().mean(1).sqrt() for g in gaps])
+        apart = of.rms(torch.stack(gaps), 2)
         extra = {"error against the reference (rms)": apart[1:]} | ({"local error (rms)": torch.stack(sizes)} if sizes else {})
         found = panels(walk, tau, **extra)
         sure = f", known to {max(accuracy):.1g}" if accuracy else ""
@@ -316,12 +309,7 @@ def exported(kind, *form) -> tuple:
         tau = finished(walk)
         name = f"{walk.ask.run}-{walk.ask.solver}-{walk.steps}-seed{walk.ask.seed}.{kind}"
         if kind == "csv":
-            rows = moved(tau, panels(walk, tau))
-            out = io.StringIO()
-            writer = csv.DictWriter(out, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-            return data_url(out.getvalue().encode(), "text/csv"), name
+            return csv_url(moved(tau, panels(walk, tau))), name
         draw = dots if flat(walk.run) else (lambda x: mosaic(x, max(1, 64 // x.shape[-1])))
         if kind == "png":
             picture = draw(tau.x) if flat(walk.run) else plot.film(tau.xs, max(1, 48 // tau.x.shape[-1]))
