@@ -78,7 +78,9 @@ class BOOT(Student):
 
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
         "The links' regression and the boundary's; x0 is noise."
-        x1, few = x0, max(1, len(x0) // 4)
+        x1, n, total = x0, len(x0), rng.total or len(x0)
+        edge = max(1, total // 4) # rows of the batch in the boundary loss, `few` of them here
+        few = rng.first(n, edge)
         t, s = self.times_of(rng, len(x1))
         f, one = self.flow(y), torch.ones(few, device=x1.device)
         with torch.no_grad():
@@ -92,4 +94,4 @@ class BOOT(Student):
         gap = (us - goal).square().flatten(1).mean(1)
         if self.weight == "clipped":
             gap = gap * link_weight(t, s, self.clip)
-        return {"net": gap.mean() + self.boundary * (u1 - top).square().mean()}
+        return {"net": gap.mean() + self.boundary * total / (n * edge) * (u1 - top).square().flatten(1).mean(1).sum()}

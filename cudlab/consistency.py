@@ -142,7 +142,7 @@ class Consistency(Student):
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
         "The distance of the two ends, the one nearer to the data held fixed."
         xt, t, xs, s = self.pair(x0, y, rng)
-        mask = Rng(rng.seed, rng.step).integers("dropout", 1, 2**40).item()
+        mask = rng.start + Rng(rng.seed, rng.step).integers("dropout", 1, 2**40).item()
         with torch.no_grad():
             target = self.end(self.ema["net"] if self.target == "ema" else self.net, xs, s, y, mask)
         gap = self.end(self.net, xt, t, y, mask) - target

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Objective', 'Student', 'FlowMap', 'learning_rate', 'ema_decay', 'pays_bfloat16', 'arithmetic', 'Diverged', 'Tick',
-           'fit']
+           'pool', 'fit']
 
-# %% ../nbs/05_fit.ipynb #b3975f26
+# %% ../nbs/05_fit.ipynb #7edbc5b1
 import copy
 import math
 import time
@@ -21,7 +21,9 @@ from torch import nn
 from .core import Args
 from .core import Config
 from .core import Rng
+from .core import Team
 from .core import spec
+from .core import team
 from .net import Velocity
 from .path import Path
 
@@ -168,41 +170,58 @@ class Tick:
     losses: dict # player -> loss, 0-dim tensors
     grad_norm: dict # player -> gradient norm before clipping, 0-dim tensors
     lr: float
-    skipped: int # non-finite steps so far
+    skipped: Tensor # non-finite steps so far, 0-dim
     seconds: float # wall time of this step
     state: Callable # () -> what a resume needs besides the weights
     note: str = "" # what else is worth a line; a tick with a note is always logged
 
+# %% ../nbs/05_fit.ipynb #99cc93bb
+def pool(
+    crew: Team, # the processes that share the batch
+    share: float, # of this process
+    tensors: list, # of float32: its gradients and losses; they are replaced
+) -> None:
+    "Means over the shares of a batch become means over the batch, in place and alike on every process."
+    if crew.size > 1:
+        whole = crew.sum(torch.cat([v.flatten() for v in tensors]) * share)
+        torch._foreach_copy_(tensors, [part.view_as(v) for part, v in zip(whole.split([v.numel() for v in tensors]), tensors)])
+
 # %% ../nbs/05_fit.ipynb #a2fde3d1
 def fit(
     objective: Objective, # a bound method
-    data, # data.batch(seed, step, n) -> x0, y
+    data, # data.batch(seed, step, n) -> x0, y; in a team with start= and total= too
     config: Config, # steps, batch, lr, clip, ema, dtype, seed, ...
     state: dict = None, # what Tick.state() returned, to continue
     patience: int = 5, # non-finite steps in a row before giving up
 ) -> Iterator[Tick]:
     "Train; yields after every step. Resume by passing the weights back in the objective and `state` here."
-    device = next(objective.net.parameters()).device
+    device, crew = next(objective.net.parameters()).device, team()
+    if config.batch < crew.size:
+        raise ValueError(f"batch = {config.batch} is too small for {crew.size} processes: each needs a sample")
+    first, last = crew.share(config.batch)
+    where = {"start": first, "total": config.batch} if crew.size > 1 else {}
     params = {name: [p for p in m.parameters() if p.requires_grad] for name, m in objective.players.items()}
-    fast = device.type in ("cuda", "cpu")
+    fused = device.type in ("cuda", "cpu")
     special = {name: {"lr": 1.0} | objective.adam(name) for name in params}
-    optims = {name: torch.optim.Adam(p, **special[name] | {"lr": config.lr}, fused=fast) for name, p in params.items() if p}
-    averages = [(list(objective.ema[n].parameters()), list(m.parameters())) for n, m in objective.players.items()]
-    step, skipped, streak = 0, 0, 0
+    optims = {name: torch.optim.Adam(p, **special[name] | {"lr": config.lr}, fused=fused) for name, p in params.items() if p}
+    averages = [(list(objective.ema[n].parameters()), [p.detach() for p in m.parameters()]) for n, m in objective.players.items()]
+    step, counts = 0, {"skipped": 0, "streak": 0}
     if state:
-        step, skipped, streak = state["step"], state["skipped"], state["streak"]
+        step, counts = state["step"], {key: state[key] for key in counts}
         for name, opt in optims.items():
             opt.load_state_dict(state["optim"][name])
+    skipped, streak = (torch.tensor(v, device=device) for v in counts.values())
+    worst = streak
     dtype = arithmetic(config, device, objective.net.shape)
-    snapshot = lambda: dict(step=step, skipped=skipped, streak=streak, optim={n: o.state_dict() for n, o in optims.items()})
+    snapshot = lambda: dict(step=step, skipped=int(skipped), streak=int(streak), optim={n: o.state_dict() for n, o in optims.items()})
     for m in objective.players.values():
         m.train()
     while step < config.steps:
         began = time.perf_counter()
         lr = learning_rate(config, step)
-        rng = Rng(config.seed, step, device)
-        torch.manual_seed((config.seed * 1_000_003 + step) % 2**63) # dropout
-        x0, y = data.batch(config.seed, step, config.batch)
+        rng = Rng(config.seed, step, device, first, config.batch)
+        torch.manual_seed((config.seed * 1_000_003 + step + first) % 2**63) # dropout
+        x0, y = data.batch(config.seed, step, last - first, **where)
         if not config.classes:
             y = None
         elif config.label_dropout:
@@ -214,19 +233,21 @@ def fit(
             sharing.setdefault(id(loss), (loss, []))[1].append(name)
         for loss, names in sharing.values():
             loss.backward(inputs=[p for n in names for p in params[n]])
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        pool(crew, (last - first) / config.batch, [loss.detach() for loss, _ in sharing.values()] + [p.grad for n in losses for p in params[n] if p.grad is not None])
         norms = {n: nn.utils.clip_grad_norm_(params[n], config.clip or math.inf) for n in losses}
-        finite = bool(torch.isfinite(torch.stack([*losses.values(), *norms.values()]).detach()).all())
-        if finite:
-            for name in losses:
-                for group in optims[name].param_groups:
-                    group["lr"] = lr * special[name]["lr"]
-                optims[name].step()
-            weight = 1 - ema_decay(config.ema, step - skipped)
-            for average, live in averages:
-                torch._foreach_lerp_(average, [p.detach() for p in live], weight)
+        bad = ~torch.isfinite(torch.stack([*losses.values(), *norms.values()])).all()
+        for name in losses if fused or not bad else ():
+            for group in optims[name].param_groups:
+                group["lr"] = lr * special[name]["lr"]
+            optims[name].found_inf = bad.float()
+            optims[name].step()
+        for average, live in averages:
+            torch._foreach_lerp_(average, live, 1 - ema_decay(config.ema, step))
         for opt in optims.values():
             opt.zero_grad(set_to_none=True)
-        step, skipped, streak = step + 1, skipped + (not finite), 0 if finite else streak + 1
-        yield Tick(step, {k: v.detach() for k, v in losses.items()}, norms, lr, skipped, time.perf_counter() - began, snapshot)
-        if streak >= patience:
-            raise Diverged(f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite; lower lr (now {config.lr:g}) or clip")
+        step, skipped, streak = step + 1, skipped + bad, (streak + 1) * bad
+        worst = torch.maximum(worst, streak)
+        yield Tick(step, losses, norms, lr, skipped, time.perf_counter() - began, snapshot)
+        if (device.type != "cuda" or step % patience == 0) and int(worst) >= patience:
+            raise Diverged(f"{int(worst)} steps in a row up to step {step} had a loss or gradient that is not finite; lower lr (now {config.lr:g}) or clip")

@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'FREEZE', 'pyramid', 'Encoder', 'Classified', 'ImageNet', 'efficientnet', 'vgg', 'Projection', 'Head',
            'Discriminator', 'freeze', 'logistic', 'GDD']
 
-# %% ../nbs/14_gdd.ipynb #01be37f9
+# %% ../nbs/14_gdd.ipynb #02d90c35
 import copy
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from .core import Config
 from .core import Rng
 from .core import guess
 from .core import spec
+from .core import team
 from .features import CLASSIFIERS
 from .features import Shown
 from .features import classifier
@@ -278,7 +279,9 @@ class GDD(Student):
     def watch(self, on_fake: list, on_real: list, fake: Tensor, x0: Tensor, step: int) -> None:
         "Count the steps in which one player had lost; `Diverged` when there were too many in a row."
         mean = lambda logits: torch.stack([h.mean(1) for h in logits]).mean(0)
-        lost = torch.stack([(mean(on_fake) < 0).all() & (mean(on_real) > 0).all(), fake.std(0).mean() < x0.std(0).mean() / 4])
+        wrong = (mean(on_fake) >= 0).sum() + (mean(on_real) <= 0).sum()
+        wrong, spread, usual = team().sum(torch.stack([wrong.float(), fake.float().std(0).mean(), x0.std(0).mean()]))
+        lost = torch.stack([wrong == 0, spread < usual / 4])
         streaks = self.players["disc"].streaks
         streaks.copy_(torch.where(lost, streaks + 1, 0))
         if step % 50 == 49 and int(streaks.max()) >= self.patience:

@@ -97,7 +97,8 @@ class MeanFlow(FlowMap):
 
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
         "The weighted regression over the whole batch: jumps first, then velocities."
-        n, k = len(x0), round(self.share * len(x0))
+        n = len(x0)
+        k = rng.first(n, round(self.share * (rng.total or n)))
         eps = rng.normal("eps", n, x0.shape[1:])
         t, r = draw_ends(rng, n, k, self.times, (self.mean_t, self.std_t), (self.mean_r, self.std_r), self.t_min)
         xt, goal = self.path(x0, eps, t)

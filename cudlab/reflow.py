@@ -61,8 +61,8 @@ class Pairs:
         "The classes of some pairs, (B,), or None."
         return index % self.classes if self.classes else None
 
-    def batch(self, seed: int, step: int, n: int) -> tuple:
-        index = Rng(seed, step, self.device).integers("pair", n, len(self.ends))
+    def batch(self, seed: int, step: int, n: int, start: int = 0, total: int = None) -> tuple:
+        index = Rng(seed, step, self.device, start).integers("pair", n, len(self.ends))
         return torch.cat([self.noise(index)[:, None], self.ends[index]], 1), self.labels(index)
 
 # %% ../nbs/15_reflow.ipynb #d6858f54

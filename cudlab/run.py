@@ -804,7 +804,7 @@ def train(
                 log_now = tick.step % config.log_every == 0 or tick.step == length or bool(tick.note)
                 if log_now or tick.step == first + 1:
                     row = {"step": tick.step, "loss": {k: v.item() for k, v in tick.losses.items()}, "grad_norm": {k: v.item() for k, v in tick.grad_norm.items()},
-                           "lr": tick.lr, "skipped": tick.skipped}
+                           "lr": tick.lr, "skipped": int(tick.skipped)}
                     with open(folder / "metrics.jsonl", "ab") as f:
                         f.write((json.dumps(row) + "\n").encode() if log_now else b"")
                     beat = sum(beats) / len(beats)

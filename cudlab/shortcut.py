@@ -66,7 +66,8 @@ class Shortcut(FlowMap):
 
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
         "One regression over the whole batch: jumps first, then velocities."
-        n, k = len(x0), round(self.share * len(x0))
+        n = len(x0)
+        k = rng.first(n, round(self.share * (rng.total or n)))
         eps = rng.normal("eps", n, x0.shape[1:])
         t, jump = draw_times(rng, n, self.times, self.t_min), torch.zeros(n, device=x0.device)
         if k:
