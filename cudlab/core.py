@@ -152,6 +152,8 @@ class Config(Args):
     seed: int = spec(0, "seed of everything random", low=0, high=2**63 - 1)
     save_every: int = spec(500, "steps between checkpoints", low=1)
     log_every: int = spec(50, "steps between log lines", low=1)
+    keep: int = spec(2, "checkpoints on disk: the newest and those before it; 1 = the newest alone", low=1, high=1000)
+    keep_every: int = spec(0, "keep also every checkpoint at a multiple of this step; 0 = none", low=0)
 
 # %% ../nbs/00_core.ipynb #55202163
 class Damaged(ValueError):
