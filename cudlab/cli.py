@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['usage', 'wanted', 'measured', 'main']
 
-# %% ../nbs/29_cli.ipynb #220d5d0f
+# %% ../nbs/29_cli.ipynb #e5d02b3f
 import os
 import signal
 import sys
@@ -14,6 +14,7 @@ from dataclasses import fields
 
 from .core import parse
 from .core import use_threads
+from .run import farewell
 from .run import main as run_main
 
 # %% ../nbs/29_cli.ipynb #283d25ab
@@ -64,9 +65,8 @@ def measured(
     except KeyboardInterrupt:
         print(f"stopped after {done} new scores, which are kept; the same command continues it", flush=True)
         return 3
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 5 if "damaged" in str(e) or "data" in str(e).split()[:1] else 2
+    except Exception as e:
+        return farewell(e)
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)

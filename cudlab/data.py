@@ -7,7 +7,7 @@ __all__ = ['POINTS', 'POINT_CLASSES', 'SUFFIXES', 'JPEG_NOTE', 'DATA', 'Data', '
            'Points', 'points', 'Images', 'cached', 'pillow', 'pixels', 'decode_table', 'from_parquet', 'from_npz',
            'from_hub', 'find', 'as_images', 'named', 'digits', 'square', 'folder', 'load']
 
-# %% ../nbs/01_data.ipynb #09e54eef
+# %% ../nbs/01_data.ipynb #a5dd4e15
 import hashlib
 import io
 import json
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .core import Damaged
 from .core import Rng
 from .core import guess
 from .core import settings
@@ -262,7 +263,7 @@ def from_parquet(
         try:
             return decode_table(parquet.read_table(file))
         except Exception as e:
-            raise ValueError(f"data = {name!r}: {file} is not readable as parquet in the Hugging Face layout: {str(e)[:200]}") from None
+            raise Damaged(f"data = {name!r}: {file} is not readable as parquet in the Hugging Face layout: {str(e)[:200]}") from None
 
     stat = file.stat()
     return cached(f"{file} {stat.st_size} {stat.st_mtime_ns}", f"{name}-{file.stem}", decode)
@@ -274,13 +275,13 @@ def from_npz(file: Path, name: str) -> dict:
         with np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
     except Exception as e:
-        raise ValueError(f"data = {name!r}: {file} is not readable as npz: {str(e)[:200]}") from None
+        raise Damaged(f"data = {name!r}: {file} is not readable as npz: {str(e)[:200]}") from None
     images, labels = arrays.get("images"), arrays.get("labels")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         found = "no array images" if images is None else f"images of {images.dtype} with shape {images.shape}"
-        raise ValueError(f"data = {name!r}: {file} has {found}; needed is images as uint8 of shape (N, C, H, W)")
+        raise Damaged(f"data = {name!r}: {file} has {found}; needed is images as uint8 of shape (N, C, H, W)")
     if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"data = {name!r}: {file} has labels of shape {labels.shape} for {len(images)} images")
+        raise Damaged(f"data = {name!r}: {file} has labels of shape {labels.shape} for {len(images)} images")
     return arrays
 
 # %% ../nbs/01_data.ipynb #1589ca17
@@ -326,7 +327,7 @@ def find(
         return from_hub(repo, name, split)
     except ValueError as e:
         places = " or ".join(str(p / name) for p in settings().data_path) or f"<data_path>/{name}"
-        raise ValueError(
+        raise Damaged(
             f"data = {name!r} is not here ({e}): put {split}.parquet (or .npz) into {places}, or `pip install datasets` "
             "where there is a network, or use digits or folder:PATH"
         ) from None
@@ -379,7 +380,7 @@ def square(
             image = ImageOps.exif_transpose(image).convert("L" if image.mode in ("1", "L", "LA", "I;16", "I", "F") else "RGB")
             return np.asarray(ImageOps.fit(image, (size or min(image.size),) * 2, pillow().Resampling.LANCZOS))
     except Exception as e:
-        raise ValueError(f"data = {name!r}: {file} is not readable as an image: {str(e)[:120]}") from None
+        raise Damaged(f"data = {name!r}: {file} is not readable as an image: {str(e)[:120]}") from None
 
 # %% ../nbs/01_data.ipynb #bd89c082
 def folder(
@@ -395,13 +396,13 @@ def folder(
     root = Path(where).expanduser()
     root = root if root.is_absolute() or root.is_dir() else settings().root / root
     if not where or not root.is_dir():
-        raise ValueError(f"data = {name!r}: there is no folder {str(root)!r}")
+        raise Damaged(f"data = {name!r}: there is no folder {str(root)!r}")
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
-        raise ValueError(f"data = {name!r}: no images in {root}; files ending in {', '.join(SUFFIXES)} are read")
+        raise Damaged(f"data = {name!r}: no images in {root}; files ending in {', '.join(SUFFIXES)} are read")
     files = [p for k, p in enumerate(files) if (k % 10 == 9) == (split == "test")]
     if not files:
-        raise ValueError(f"data = {name!r}: every tenth image is the test split, and {root} has fewer than ten")
+        raise Damaged(f"data = {name!r}: every tenth image is the test split, and {root} has fewer than ten")
 
     def decode():
         first = square(files[0], None, name)

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from cudlab.run import Run
+from cudlab.run import read
+from cudlab.run import unpack_state
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +43,7 @@ def runs_path(lab) -> Path:
 def content(folder: Path) -> dict:
     "Hashes of weights, average, log and every tensor of the optimiser."
     sums = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("net.safetensors", "ema.safetensors", "metrics.jsonl")}
-    state = torch.load(folder / "train_state.pt", weights_only=True)
+    state = unpack_state(read(folder, "train_state.safetensors"))
     for player, optim in state["optim"].items():
         for i, slots in optim["state"].items():
             for key, value in slots.items():
@@ -77,6 +79,8 @@ def test_a_signal_saves_and_ends_resumable(lab, sign):
     process.send_signal(sign)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
+    status = json.loads((runs_path(lab) / "signalled" / "status.json").read_text())
+    assert status["status"] == "stopped" and status["code"] == 3 and status["pid"] == process.pid and sign.name in status["why"]
     run = Run.open(runs_path(lab) / "signalled")
     assert run.step >= 10 and run.verify() == 5 and f"step {run.step} of" in out
     assert job(lab, *MANY, "name=signalled", f"until={run.step + 3}")[0] == 3
@@ -93,22 +97,6 @@ def test_a_stop_file_and_the_time_limit_end_a_job(lab):
     assert code == 3 and "time limit" in out
 
 
-def test_a_kill_at_any_moment_leaves_a_readable_checkpoint(lab):
-    rng = random.Random(0)
-    folder, last = runs_path(lab) / "killed", 0
-    for _ in range(4):
-        process = start(lab, "steps=100000", "batch=8", "log_every=1", "save_every=1", "name=killed")
-        until_step(process, last + 2)
-        time.sleep(rng.random() * 0.5)
-        process.kill()
-        process.wait()
-        run = Run.open(folder)
-        assert run.verify() >= 4 and run.step >= last
-        run.solve(index=2, steps=1)
-        last = run.step
-    assert not list(folder.glob(".tmp*"))
-
-
 def test_a_second_job_on_the_same_folder_refuses(lab):
     process = start(lab, *MANY, "name=shared")
     until_step(process, 5)
@@ -116,12 +104,14 @@ def test_a_second_job_on_the_same_folder_refuses(lab):
     process.terminate()
     process.wait()
     assert code == 2 and "another process" in err
+    assert json.loads((runs_path(lab) / "shared" / "status.json").read_text())["code"] == 3 # the first one's ending, not the second's
 
 
 def test_divergence_keeps_the_last_good_state(lab):
     code, _, err = job(lab, "data=moons", "steps=200", "lr=1", "clip=0", "args.w2=1e38", "batch=32", "save_every=1", "name=wild")
     assert code == 4 and "not finite" in err
-    assert json.loads((runs_path(lab) / "wild" / "status.json").read_text())["status"] == "diverged"
+    status = json.loads((runs_path(lab) / "wild" / "status.json").read_text())
+    assert status["status"] == "diverged" and status["code"] == 4 and "not finite" in status["why"]
     assert all(torch.isfinite(p).all() for p in Run.open(runs_path(lab) / "wild").net("raw").parameters())
 
 
@@ -137,7 +127,7 @@ def test_bad_parameters_are_refused_in_a_sentence(lab, capsys, monkeypatch, word
     for key in ("CUDLAB_RUNS_PATH", "CUDLAB_DEVICE"):
         monkeypatch.setenv(key, lab[key])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["train", "steps=3", word]) in (2, 5)
+    assert main(["train", "steps=3", word]) == (5 if "/nowhere" in word else 2)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and names in said and said.count("\n") == 1 and "Traceback" not in said
     assert not runs_path(lab).exists() or not list(runs_path(lab).iterdir())

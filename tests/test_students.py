@@ -30,6 +30,7 @@ from cudlab.run import create
 from cudlab.run import main
 from cudlab.run import read
 from cudlab.run import train
+from cudlab.run import unpack_state
 
 STUDENTS = {"boot": {}, "gdd": {}, "reflow": {"pairs": 64, "moves": 2}, "distill": {"pairs": 64, "moves": 4, "targets": "1 4", "solver": "euler"}, "pd": {}, "consistency": {}}
 PEERS = {"shortcut": {}, "meanflow": {}}
@@ -55,7 +56,7 @@ def trained(method: str, name: str = "student", **changes) -> Run:
 
 def content(run: Run) -> dict:
     "Every weight, average and optimiser tensor as bytes, and the log."
-    state, found = torch.load(run.path / "train_state.pt", weights_only=True), {}
+    state, found = unpack_state(read(run.path, "train_state.safetensors")), {}
 
     def put(key, value):
         if isinstance(value, dict):
