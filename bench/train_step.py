@@ -1,23 +1,33 @@
-"""Images per second of a CUD training step against a plain eager loop: same MNIST network, batch 32, K = 1, same process.
+"""Images per second of a CUD training step against a plain eager loop: same MNIST network, batch 32, K = 1, 2, 3, same process.
 
-The plain loop is what one would write first: float32, default memory layout, every forward run separately (first stage, target, training), the
-optimiser's default, a Python loop for the average. Ours is `fit` as it stands. Blocks of steps alternate, so that both see the same machine.
+The plain loop is what one would write first: float32, default memory layout, every forward run separately (the stages, the target of each head, then
+the training forward), the optimiser's default, a Python loop for the average. Ours is `fit` as it stands. Blocks of steps alternate, so that both see the
+same machine, and the median of their ratios is printed. What each lever gave by itself is in bench/NOTES.md.
+
+    python bench/train_step.py               seconds of a step
+    python bench/train_step.py --compile     ours with torch.compile, a minute of set-up for each K
+    python bench/train_step.py --loss        both loops for 200 steps on the same batches: mean loss of the last 50, three seeds (an hour)
 """
 import copy
 import statistics
+import sys
 import time
 
 import torch
 
 from cudlab.core import Config
+from cudlab.core import Rng
 from cudlab.core import use_threads
 from cudlab.cud import CUD
+from cudlab.cud import draw
+from cudlab.cud import nodes
+from cudlab.data import load
 from cudlab.fit import arithmetic
 from cudlab.fit import fit
 from cudlab.net import network
 from cudlab.path import linear
 
-BATCH, BLOCK, ROUNDS = 32, 4, 8
+BATCH, BLOCK, ROUNDS, LOW = 32, 3, 7, 1e-5
 
 
 class Pictures:
@@ -30,23 +40,25 @@ class Pictures:
         return self.pixels[start : start + n].float().div_(127.5).sub_(1), None
 
 
-def plain(data):
-    "One step at a time of the loop one would write first."
-    torch.manual_seed(0)
-    net = network("mnist", data.shape)
+def plain(data, heads, seed=0):
+    "The loop one would write first, on the same random numbers."
+    torch.manual_seed(seed)
+    net = network("mnist", data.shape, heads=heads)
     ema, optim, step = copy.deepcopy(net), torch.optim.Adam(net.parameters(), 1e-3), 0
     while True:
-        x0, _ = data.batch(0, step, BATCH)
-        eps, t = torch.randn_like(x0), torch.rand(BATCH)
-        h = torch.rand(BATCH) / 16
+        x0, _ = data.batch(seed, step, BATCH)
+        rng = Rng(seed, step)
+        eps = rng.normal("eps", BATCH, data.shape)
+        t, h = draw(rng, BATCH, 16, "uniform", "continuous", heads, LOW)
         s = t[:, None, None, None]
         xt, g = (1 - s) * x0 + s * eps, eps - x0
         with torch.no_grad():
-            k1 = net(xt, t)
-            later = net(xt - h[:, None, None, None] * k1, (t - h).clamp(1e-5, 1))
-            target = torch.where((t >= h)[:, None, None, None], later, g)
-        out = net(xt, t)
-        loss = (out - target).square().mean() + (out - g).square().mean()
+            w = lambda x, t: net(x, t.clamp(LOW, 1))
+            states = nodes(w, xt, t, h, w(xt, t), heads, "corrected")
+            targets = [torch.where((t - j * h >= LOW - 1e-6)[:, None, None, None], w(z, t - j * h), g) for j, z in enumerate(states, 1)]
+        loss = sum((out - target).square().mean() + (out - g).square().mean() for out, target in zip(net.heads(xt, t), targets))
+        for group in optim.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 100)
         optim.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -58,20 +70,22 @@ def plain(data):
         yield loss.item()
 
 
-def ours(data):
+def ours(data, heads, seed=0):
     "The same training through `fit`."
-    torch.manual_seed(0)
-    config = Config(batch=BATCH, steps=10**6, schedule="constant")
-    net = network("mnist", data.shape)
-    objective = CUD().bind(net, linear, config.steps)
+    torch.manual_seed(seed)
+    config = Config(batch=BATCH, steps=10**6, schedule="constant", seed=seed)
+    net = network("mnist", data.shape, heads=heads)
+    if "--compile" in sys.argv:
+        net.compile()
+    objective = CUD(heads=heads).bind(net, linear, config.steps)
     for tick in fit(objective, data, config):
         yield tick.losses["net"].item()
 
 
-def main():
-    use_threads()
+def speed(heads):
+    "The ratio for one K."
     data = Pictures()
-    loops = {"plain": plain(data), "cudlab": ours(data)}
+    loops = {"plain": plain(data, heads), "cudlab": ours(data, heads)}
     seconds = {name: [] for name in loops}
     for _ in range(ROUNDS + 1):
         for name, loop in loops.items():
@@ -79,14 +93,29 @@ def main():
             for _ in range(BLOCK):
                 next(loop)
             seconds[name].append((time.perf_counter() - began) / BLOCK)
-    best = {name: statistics.median(s[1:]) for name, s in seconds.items()}
     ratios = sorted(a / b for a, b in zip(seconds["plain"][1:], seconds["cudlab"][1:]))
+    best = {name: BATCH / statistics.median(s[1:]) for name, s in seconds.items()}
     dtype = str(arithmetic(Config(), torch.device("cpu"), data.shape)).removeprefix("torch.")
-    for name, s in best.items():
-        print(f"{name:7} {BATCH / s:7.1f} img/s")
-    print(f"training step, 2.16 M network, batch {BATCH}, {torch.get_num_threads()} threads, {dtype}: "
-          f"{best['plain'] / best['cudlab']:.2f} x the plain loop (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(f"training step, K = {heads}, 2.16 M network, batch {BATCH}, {torch.get_num_threads()} threads, {dtype}: {best['cudlab']:.1f} img/s, plain loop {best['plain']:.1f}, "
+          f"{statistics.median(ratios):.2f} x (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+
+
+def losses(steps=200, last=50):
+    "Mean loss of the last steps of both loops, on MNIST."
+    data = load("mnist")
+    for heads in (1, 2, 3):
+        for name, loop in (("plain", plain), ("cudlab", ours)):
+            ends = []
+            for seed in range(3):
+                values = [value for value, _ in zip(loop(data, heads, seed), range(steps))]
+                ends.append(statistics.fmean(values[-last:]))
+            print(f"K = {heads}, {name:6}: mean loss of steps {steps - last + 1} to {steps}, seeds 0 to 2: {', '.join(f'{v:.4f}' for v in ends)}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    use_threads()
+    if "--loss" in sys.argv:
+        losses()
+    else:
+        for heads in (1, 2, 3):
+            speed(heads)
