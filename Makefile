@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup run train explore test prepare bench clean
+.PHONY: help setup run train explore test soak prepare bench clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -44,6 +44,9 @@ test: setup ## export check, lint, notebook tests, pytest with the browser tests
 	ruff check .
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 	pytest --ignore tests/test_export.py $(ARGS)
+
+soak: setup ## kill a training a hundred times at random moments
+	CUDLAB_KILLS=100 pytest -s tests/test_faults.py -k kills $(ARGS)
 
 prepare: setup ## before a commit: export, clean, README, lint
 	nbdev-export

@@ -652,7 +652,7 @@ class Run:
             self.heads = whole("heads", teacher["heads"], 1, 64) if self.method.product == "solver" else self.method.needs().get("heads", 1)
             for key, low, high in (("shape", 1, 2**24), ("classes", 0, 2**16), ("parameters", 0, 2**40)):
                 whole(key, {"shape": math.prod(self.shape), "classes": len(self.classes), "parameters": info["parameters"]}[key], low, high)
-            if not all(isinstance(v, str) for v in (info["created"], teacher.get("name", ""), teacher.get("network", ""))):
+            if len(self.shape) not in (1, 3) or not all(isinstance(v, str) for v in (info["created"], teacher.get("name", ""), teacher.get("network", ""))):
                 raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise Damaged(f"run {self.name!r} is damaged: its config.json or MANIFEST.json cannot be used ({str(e)[:300] if isinstance(e, ValueError) else type(e).__name__})") from None
@@ -707,7 +707,10 @@ class Run:
         "The run's network, untrained."
         c = self.config
         count = len(self.classes) if c.classes else 0
-        return network(c.net, self.shape, classes=count, dropout=c.dropout, phi0=c.phi0, **self.method.needs())
+        try:
+            return network(c.net, self.shape, classes=count, dropout=c.dropout, phi0=c.phi0, **self.method.needs())
+        except ValueError as e:
+            raise Damaged(f"run {self.name!r} is damaged: its config.json makes no network ({e})") from None
 
     @property
     def source(self) -> "Run":
