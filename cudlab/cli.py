@@ -68,7 +68,8 @@ def measured(
         print(f"error: {e}; the scores so far are kept, the same command continues", file=sys.stderr)
         return 6
     except KeyboardInterrupt:
-        print(f"stopped after {done} new scores, which are kept; the same command continues it", flush=True)
+        rank = os.environ.get("RANK", "0")
+        print(f"stopped after {done} new scores, which are kept; the same command continues it" if rank == "0" else f"process {rank} of the team stopped", flush=True)
         return 3
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
