@@ -1,7 +1,7 @@
 """Seconds of the distances at the size of a published score, 50,000 samples of 2,048 features a side, beside torchmetrics and numpy with scipy.
 
 Everything in one process on the same features, which are random with the falling spectrum that trained ones have. The data's own part (`gaussian`)
-is computed once for all scores; the others print what each score costs. Processor seconds tell how busy the machine was with other things.
+is computed once for all scores; the others print what each score costs. Without a GPU the ratios are those of processor seconds, which other work on the machine hardly changes.
 """
 import argparse
 import functools
@@ -37,7 +37,7 @@ def drawn(name: str, n: int, dim: int, where: torch.device, scale: float = 1.0) 
 
 
 def clock(name: str, action, note: str = "") -> tuple:
-    "(seconds, value) of an action, printed."
+    "(cost, value) of an action, printed: seconds of the GPU, or of the processor."
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     began, cpu = time.perf_counter(), time.process_time()
@@ -46,7 +46,7 @@ def clock(name: str, action, note: str = "") -> tuple:
     took, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{name:44} {took:7.1f} s, {cpu:6.1f} s of processor; peak so far {peak:.2f} GB{note}", flush=True)
-    return took, value
+    return took if torch.cuda.is_available() else cpu, value
 
 
 class Flat(nn.Module):
@@ -81,6 +81,19 @@ def scipy_fid(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * np.trace(sqrtm(ca @ cb).real))
 
 
+def ours(a: torch.Tensor, b: torch.Tensor) -> tuple:
+    "(cost of the value, cost of value and interval, value), data's part included."
+    real = Reference(b)
+    once, _ = clock("gaussian of the data, once for all scores", lambda: real.once(gaussian))
+    each, value = clock("frechet", lambda: frechet(a, real))
+    held, (same, low, high) = clock("frechet_jackknife (value and interval)", lambda: frechet_jackknife(a, real))
+    print(f"  {value:.6f}, with its interval {same:.6f} [{low:.6f}, {high:.6f}]")
+    clock("frechet_limit", lambda: frechet_limit(a, real))
+    for distance in (kernel_distance, precision_recall, density_coverage):
+        clock(f"{distance.__name__} (first 5,000 rows)", functools.partial(distance, a, real))
+    return once + each, once + held, value
+
+
 def main(words: list = None) -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--n", type=int, default=50_000, help="samples a side")
@@ -92,18 +105,10 @@ def main(words: list = None) -> None:
     where = device(told.device)
     print(f"{told.n:,} x {told.dim:,} features a side, float64, {machine(where)}, torch {torch.__version__}")
     a, b = drawn("a", told.n, told.dim, where, 1.1), drawn("b", told.n, told.dim, where)
-    real = Reference(b)
-    once, _ = clock("gaussian of the data, once for all scores", lambda: real.once(gaussian))
-    each, value = clock("frechet", lambda: frechet(a, real))
-    held, (same, low, high) = clock("frechet_jackknife (value and interval)", lambda: frechet_jackknife(a, real))
-    print(f"  {value:.6f}, with its interval {same:.6f} [{low:.6f}, {high:.6f}]; from features to both: {once + held:.1f} s")
-    clock("frechet_limit", lambda: frechet_limit(a, real))
-    for distance in (kernel_distance, precision_recall, density_coverage):
-        clock(f"{distance.__name__} (first 5,000 rows)", functools.partial(distance, a, real))
-    del real
+    each, both, value = ours(a, b)
     for name, theirs in () if told.ours else (("torchmetrics", torchmetrics_fid), ("numpy and scipy", scipy_fid)):
-        took, other = clock(f"{name}, value alone", lambda: theirs(a, b))
-        print(f"  {other:.6f}, apart from ours by {abs(other - value) / value:.1e}; {took / (once + each):.2f} x our time for the value, {took / (once + held):.2f} x for value and interval")
+        took, other = clock(f"{name}, value alone", functools.partial(theirs, a, b))
+        print(f"  {other:.6f}, apart from ours by {abs(other - value) / value:.1e}; {took / each:.2f} x our time for the value, {took / both:.2f} x for value and interval")
 
 
 if __name__ == "__main__":
