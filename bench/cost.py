@@ -117,7 +117,7 @@ def held(where: torch.device) -> float:
 
 
 def memory(action, count: int, where: torch.device, every: int = 10) -> dict:
-    "Memory over `count` calls of an action: the line through it, and how far it moves, after the first tenth."
+    "Memory over `count` calls of an action: what each adds, and how far it moves, after the first tenth."
     action()
     points = []
     for k in range(count):
@@ -127,7 +127,7 @@ def memory(action, count: int, where: torch.device, every: int = 10) -> dict:
             points.append((k + 1, held(where)))
     late = [p for p in points if p[0] > count / 10]
     values = [mb for _, mb in late]
-    return line(late) | {"points": points, "spread": max(values) - min(values)}
+    return {"slope": statistics.linear_regression(*zip(*late)).slope, "spread": max(values) - min(values), "points": points}
 
 
 def chart(found: dict, file: Path) -> None:
