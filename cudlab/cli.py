@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['usage', 'wanted', 'measured', 'main']
 
-# %% ../nbs/29_cli.ipynb #e5d02b3f
+# %% ../nbs/29_cli.ipynb #5950b69e
 import os
 import signal
 import sys
 import threading
 from dataclasses import fields
 
+from .core import Lost
+from .core import joined
 from .core import parse
 from .core import use_threads
 from .run import farewell
@@ -59,11 +61,16 @@ def measured(
         targets = job.targets()
         if not targets:
             raise ValueError("run = '' names no run, and none ships with this lab; train one with: cudlab train")
-        for line in evaluate(targets, job):
-            print(line, flush=True)
-            done += " NFE " in line
+        with joined(3600): # the first process may be busy with reference features for long
+            for line in evaluate(targets, job): # which only the first process of a team has
+                print(line, flush=True)
+                done += " NFE " in line
+    except Lost as e:
+        print(f"error: {e}; the scores so far are kept, the same command continues", file=sys.stderr)
+        return 6
     except KeyboardInterrupt:
-        print(f"stopped after {done} new scores, which are kept; the same command continues it", flush=True)
+        rank = os.environ.get("RANK", "0")
+        print(f"stopped after {done} new scores, which are kept; the same command continues it" if rank == "0" else f"process {rank} of the team stopped", flush=True)
         return 3
     except Exception as e:
         return farewell(e)

@@ -32,6 +32,7 @@ from cudlab.metrics import TIMED
 from cudlab.metrics import Evaluation
 from cudlab.metrics import Reference
 from cudlab.metrics import comparable
+from cudlab.metrics import covariance
 from cudlab.metrics import curve
 from cudlab.metrics import density_coverage
 from cudlab.metrics import endpoint_error
@@ -39,6 +40,7 @@ from cudlab.metrics import evaluate
 from cudlab.metrics import evaluation
 from cudlab.metrics import frechet
 from cudlab.metrics import frechet_interval
+from cudlab.metrics import frechet_jackknife
 from cudlab.metrics import frechet_limit
 from cudlab.metrics import interval
 from cudlab.metrics import kernel_distance
@@ -52,6 +54,7 @@ from cudlab.metrics import summary
 from cudlab.path import Mixture
 from cudlab.path import grid
 from cudlab.path import linear
+from cudlab.run import Run
 from cudlab.solver import Trajectory
 from cudlab.solver import solve
 from cudlab.solver import walk
@@ -273,6 +276,25 @@ def test_frechet_matches_torchmetrics():
     oracle.update(a.double(), real=True)
     oracle.update(b.double(), real=False)
     assert frechet(a.flatten(1), b.flatten(1)) == pytest.approx(oracle.compute().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("n, dim", [(5001, 513), (12, 1), (700, 300)])
+def test_the_covariance_in_strips_and_chunks_is_the_covariance(n, dim):
+    f = noise(0, n, (dim,)).double() + 30
+    assert torch.allclose(covariance(f), torch.cov(f.T).reshape(dim, dim), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("n, dim", [(403, 5), (60, 1), (900, 40)])
+def test_the_jackknife_is_what_leaving_out_gives(n, dim):
+    a, b = noise(0, n, (dim,)) * 1.3 + 5, noise(1, 1000, (dim,)) + 5
+    parts = a.tensor_split(10)
+    left = [frechet(torch.cat([p for p in parts if p is not out]), b) for out in parts]
+    half = 2.2622 * math.sqrt(0.9 * sum((v - np.mean(left)) ** 2 for v in left))
+    value, low, high = frechet_jackknife(a, b)
+    assert value == pytest.approx(frechet(a, b), rel=1e-9) and (low, high) == frechet_interval(a, b)
+    assert value - low == pytest.approx(half, rel=1e-6) and high - value == pytest.approx(half, rel=1e-6)
+    few = noise(0, dim + 1, (dim,))
+    assert frechet_jackknife(few, b)[0] == pytest.approx(frechet(few, b), rel=1e-9) and all(map(math.isnan, frechet_interval(few, b)))
 
 
 def test_frechet_with_dead_dimensions():
@@ -547,8 +569,6 @@ def test_scores_from_before_are_still_read(runs_path):
     "Scores without the newest keys are found, summed up and compared."
     import shutil
 
-    from cudlab.run import Run
-
     shutil.copytree(ROOT / "checkpoints" / "digits-rf", runs_path / "before")
     run, new = Run.open("before"), ("density", "coverage", "fd_inf", "fd_inf_low", "fd_inf_high", "classes", "ms", "batch", "machine")
     old = [{k: v for k, v in score.items() if k not in new} for score in run.scores]
@@ -708,6 +728,66 @@ def test_the_command_measures_and_can_be_stopped(moons, tmp_path):
         assert process.returncode == 3 and not err and "the same command continues it" in out
         assert len(moons.scores) > before and moons.scores[-1]["extractor"] == "my_eyes:net"
         before = len(moons.scores)
+
+
+def launched(size, *words):
+    "The command in several processes, started as torchrun starts them."
+    import os
+    import subprocess
+    import sys
+
+    env = os.environ | {"CUDLAB_THREADS": "1", "CUDLAB_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return subprocess.Popen([*torchrun, "-m", "cudlab.cli", "evaluate", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_team_measures_what_one_process_measures(moons, runs_path):
+    import shutil
+
+    times, scores = {"seconds", "ms", "machine"}, {}
+    asked = dict(solvers="euler heun", nfes="4", n=1203) # three batches of samples: one of four processes has none
+    words = [f"{key}={value}" for key, value in asked.items()]
+    for size in (1, 2, 4):
+        folder = runs_path / f"team-{size}" / "same"
+        shutil.copytree(moons.path, folder, ignore=shutil.ignore_patterns("scores.jsonl"))
+        if size == 1:
+            list(evaluate(Run(folder), evaluation(asked)))
+        else:
+            process = launched(size, f"run={folder}", *words)
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+            assert out.count(" NFE ") == 2 and out.count("run same") == 1
+        scores[size] = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert len(scores[1]) == 2 and scores[4][0]["machine"] == f"4 x {scores[1][0]['machine']}"
+    for size in (2, 4):
+        for one, many in zip(scores[1], scores[size], strict=True):
+            assert many["fd"] == pytest.approx(one["fd"], rel=1e-9)
+            assert {k: v for k, v in many.items() if k not in times} == {k: v for k, v in one.items() if k not in times}
+    process = launched(2, f"run={folder}", *words)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out.count("measured before") == 2 and len((folder / "scores.jsonl").read_text().splitlines()) == 2, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_team_in_a_sentence(moons, runs_path, victim):
+    import os
+    import shutil
+    import signal
+    from pathlib import Path
+
+    folder = runs_path / f"lost-{victim}"
+    shutil.copytree(moons.path, folder, ignore=shutil.ignore_patterns("scores.jsonl"))
+    process = launched(2, f"run={folder}", "solvers=euler", "nfes=" + " ".join(map(str, range(300, 600))), "n=2000")
+    next(line for line in process.stdout if " NFE " in line)
+    ranks = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        ranks |= {word[5:]: int(child) for word in Path(f"/proc/{child}/environ").read_text().split("\0") if word.startswith("RANK=")}
+    os.kill(ranks[str(victim)], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and ("stopped" in out or "lost another one" in err)
+    assert (folder / "scores.jsonl").read_text().endswith("\n")
 
 
 def test_the_exit_codes_of_the_command(moons, runs_path, capsys, monkeypatch):
