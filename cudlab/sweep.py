@@ -8,7 +8,7 @@ __all__ = ['USAGE', 'Options', 'Task', 'Sweep', 'flat', 'grid', 'training', 'stu
            'environment', 'end', 'left_behind', 'reason', 'leg', 'dask_setup', 'cluster', 'remote', 'deliver',
            'machine', 'run', 'verdict', 'follow', 'main', 'stopping']
 
-# %% ../nbs/26_sweep.ipynb #1ff3a4b0
+# %% ../nbs/26_sweep.ipynb #482c8ab8
 import collections
 import contextlib
 import hashlib
@@ -44,6 +44,7 @@ from .features import default_features
 from .metrics import Evaluation
 from .metrics import evaluation
 from .run import Run
+from .run import Stopped
 from .run import arguments
 from .run import build
 from .run import folders
@@ -147,7 +148,7 @@ def trainings(
 ) -> dict:
     "The trainings of a sweep, checked, teachers first: name -> Task."
     found, built = {}, set()
-    usual = {k for params in sets for k in params if all(k in other and str(other[k]) == str(params[k]) for other in sets)}
+    usual = {k for k, v in (sets[0] if sets else {}).items() if all(k in other and str(other[k]) == str(v) for other in sets)}
     for number, params in enumerate(sets, 1):
         own = " ".join(f"{k}={v}" for k, v in params.items() if k not in usual)[:80]
         label = f"job {number}" + f" ({own})" * bool(own)
@@ -270,6 +271,8 @@ def read(
         raise ValueError(f"{path.name} has no job: it needs train or jobs, or evaluate with run")
     if options.scheduler and options.cluster != "local":
         raise ValueError(f"scheduler = {options.scheduler!r} and cluster = {options.cluster!r} exclude each other; leave one out")
+    if options.cluster == "slurm" and not options.workers:
+        raise ValueError("workers = 0 leaves open how many jobs of Slurm run at a time; give a number with cluster=slurm")
     folder = settings().runs_path / ".sweeps" / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
     return Sweep(path, folder, options, tasks)
 
@@ -514,7 +517,7 @@ def leg(
             record(folder, task.name, notebook=str(book))
         if code == 3 and task.params.get("minutes") and time.time() - start >= 60 * task.params["minutes"]:
             code = None # the next leg
-        elif code not in (0, 2, 3, 4, 5) and not stop.exists() and tries:
+        elif (code < 0 or code > 128 or "DeadKernel" in why) and not stop.exists() and tries:
             code, tries = None, tries - 1
     code = 3 if code is None or stop.exists() and code not in (0, 2, 4, 5) else code
     record(folder, task.name, code=code, why=why if code else "", seconds=before.get("seconds", 0) + time.time() - began)
@@ -651,7 +654,10 @@ def run(sweep: Sweep) -> Iterator[list]:
         client, running, tries = stack.enter_context(cluster(options, workers)), {}, collections.Counter()
         try:
             while waiting or running:
-                room = sum(client.nthreads().values()) - len(running)
+                try:
+                    room = sum(client.nthreads().values()) - len(running)
+                except OSError:
+                    raise Stopped("stopped: the scheduler does not answer any more; the same command continues it") from None
                 for task in list(waiting):
                     bad = next((a for a in task.after if ended.get(a)), None)
                     if bad or stop.exists():
@@ -714,7 +720,7 @@ def follow(tables: Iterator) -> list:
     for table in tables:
         if screen:
             size = shutil.get_terminal_size()
-            text = lines(table, size.columns, size.lines)
+            text = lines(table, size.columns, size.lines - 1)
             print(f"\x1b[{drawn}F\x1b[J" * bool(drawn) + "\n".join(text), flush=True)
             drawn = len(text)
         for r in () if screen else table:
@@ -744,6 +750,9 @@ def main(
             return verdict(table) if todo == "status" else 0
         with stopping(sweep):
             table = follow(run(sweep))
+    except Stopped as e:
+        print(e, flush=True)
+        return 3
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -764,6 +773,7 @@ def stopping(sweep: Sweep):
         stop = sweep.folder / "stop"
         stop.write_text("now" if stop.exists() else "")
 
+    sweep.folder.mkdir(parents=True, exist_ok=True)
     main_thread = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)} if main_thread else {}
     try:

@@ -13,12 +13,15 @@ pytest.importorskip("distributed")
 psutil = pytest.importorskip("psutil")
 
 from cudlab.run import Run  # noqa: E402
+from cudlab.sweep import Row  # noqa: E402
+from cudlab.sweep import follow  # noqa: E402
 from cudlab.sweep import main  # noqa: E402
 from cudlab.sweep import read  # noqa: E402
 from cudlab.sweep import rows  # noqa: E402
 from cudlab.sweep import run  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+STARTED = []
 WILD = {"name": "wild", "lr": 1, "clip": 0, "args.w2": 1e38, "steps": 200}
 
 
@@ -27,7 +30,12 @@ def lab(tmp_path, monkeypatch):
     "A folder for runs and sweep files, for this process and those it starts."
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
     monkeypatch.setenv("CUDLAB_DEVICE", "cpu")
-    return tmp_path
+    yield tmp_path
+    for process in STARTED:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+    STARTED.clear()
 
 
 def grid(lab, content) -> str:
@@ -36,11 +44,13 @@ def grid(lab, content) -> str:
 
 
 def start(file, *words):
-    return subprocess.Popen([sys.executable, "-m", "cudlab.cli", "sweep", file, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "cudlab.cli", "sweep", file, *words]
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return STARTED[-1]
 
 
 def finish(process) -> tuple:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=250)
     return process.returncode, out, err
 
 
@@ -134,10 +144,10 @@ def test_interrupted_midway_and_continued(lab):
 
 
 def test_legs_of_some_minutes_lead_to_the_end(lab):
-    file = grid(lab, {"train": {"data": "moons", "steps": 400, "batch": 32, "minutes": 0.01, "name": "legs"}})
+    file = grid(lab, {"train": {"data": "moons", "steps": 3, "batch": 32, "minutes": 1e-4, "name": "legs"}})
     assert finish(start(file))[0] == 0
     log = next((lab / "runs" / ".sweeps").glob("*/legs.log")).read_text()
-    assert log.count("stopped by its time limit") >= 1 and "run legs: done" in log
+    assert log.count("stopped by its time limit") == 2 and "run legs: done" in log
 
 
 def test_notebooks_teacher_student_and_scores_are_copied(lab):
@@ -227,8 +237,8 @@ BAD = {
     "must agree": '{"jobs": [{"name": "a", "method": "rf"}, {"name": "b", "method": "distill", "args.teacher": "a", "data": "moons"}]}',
     "did you mean 'nfes'": '{"train": {}, "evaluate": {"nfe": 3}}', "evaluate = 3": '{"train": {}, "evaluate": 3}', "unknown run": '{"evaluate": {"run": "nobody"}}',
     "workers": '{"train": {}, "workers": -1}', "cluster": '{"train": {}, "cluster": "pbs"}', "keep": '{"train": {}, "keep": "all"}', "10,000": json.dumps({"train": {"seed": list(range(10_001))}}),
-    "exclude each other": '{"train": {}, "cluster": "slurm", "scheduler": "tcp://127.0.0.1:1"}', "slurm.cores": '{"train": {"data": "moons"}, "cluster": "slurm"}',
-    "127.0.0.1:1'": '{"train": {"data": "moons"}, "scheduler": "tcp://127.0.0.1:1"}', "name = '../up'": '{"train": {"name": "../up"}}', "net = 'mlp'": '{"train": {"net": "mlp"}}',
+    "exclude each other": '{"train": {}, "cluster": "slurm", "scheduler": "tcp://127.0.0.1:1"}', "slurm.cores": '{"train": {"data": "moons"}, "cluster": "slurm", "workers": 1}',
+    "127.0.0.1:1'": '{"train": {"data": "moons"}, "scheduler": "tcp://127.0.0.1:1"}', "how many jobs of Slurm": '{"train": {"data": "moons"}, "cluster": "slurm"}', "name = '../up'": '{"train": {"name": "../up"}}', "net = 'mlp'": '{"train": {"net": "mlp"}}',
 }
 
 
@@ -238,6 +248,17 @@ def test_a_bad_file_is_refused_in_a_sentence(lab, capsys, names, text):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and len(err.splitlines()) == 1 and names in err, err
     assert not [p for p in (lab / "runs").glob("*") if p.name != ".sweeps"]
+
+
+def test_on_a_terminal_the_table_is_rewritten_in_place(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((50, 6)))
+    first = [Row(f"job-{i}", "queued") for i in range(9)]
+    table = follow(iter([first, [*first[:8], Row("job-8", "running", 3, 9, loss=0.5, worker="1")]]))
+    out = capsys.readouterr().out
+    assert table[8].step == 3 and out.count("\x1b[5F\x1b[J") == 1 == out.count("\x1b[J")
+    assert out.splitlines()[6].split()[:3] == ["job-8", "running", "3/9"] and out.splitlines()[9].startswith("9 jobs: 1 running, 8 queued")
+    assert max(map(len, out.splitlines())) < 60
 
 
 def test_a_name_that_another_configuration_has_is_refused(lab, capsys):
