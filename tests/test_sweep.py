@@ -209,22 +209,26 @@ def test_any_scheduler_and_a_stop_from_elsewhere(lab):
 
 
 def test_slurm_by_a_stand_in(lab, monkeypatch):
-    "What sbatch is given is run here, as Slurm would run it there; scancel ends it."
+    "What sbatch is given is copied and run here, as Slurm would do there; a job that ends too early is asked for again."
     pytest.importorskip("dask_jobqueue")
     tools = lab / "bin"
     tools.mkdir()
-    (tools / "sbatch").write_text(f'#!/bin/bash\ncp "$1" {lab}/script\nsetsid bash "$1" >{lab}/slurm.log 2>&1 &\necho Submitted batch job $!\n')
+    (tools / "sbatch").write_text(f'#!/bin/bash\ncp "$1" {lab}/script-$$\nsetsid bash {lab}/script-$$ >{lab}/slurm.log 2>&1 &\necho $! >>{lab}/asked\necho Submitted batch job $!\n')
     (tools / "scancel").write_text('#!/bin/bash\nkill -- -"$1"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    file = grid(lab, {"train": {"data": "moons", "steps": 20, "batch": 32, "name": ["one"]}, "cluster": "slurm", "workers": 1,
+    monkeypatch.setenv("DASK_TEMPORARY_DIRECTORY", str(lab / "dask"))
+    file = grid(lab, {"train": {"data": "moons", "steps": 20, "batch": 32, "seed": [0, 1]}, "cluster": "slurm", "workers": 1,
                       "slurm": {"cores": 2, "memory": "2GB", "interface": "lo", "walltime": "00:10:00"}})
-    code, out, err = finish(start(file, "slurm.queue=short"))
+    process = start(file, "slurm.queue=short")
+    wait_for(lambda: at_work(file), process)
+    os.killpg(int((lab / "asked").read_text().split()[0]), signal.SIGKILL)
+    code, out, err = finish(process)
     assert (code, err) == (0, ""), (lab / "slurm.log").read_text()
-    script = (lab / "script").read_text()
+    script = next(lab.glob("script-*")).read_text()
     assert "#SBATCH -p short" in script and "--cpus-per-task=2" in script and "--nthreads 1" in script
-    assert rows(read(file))[0].worker.startswith("SLURMCluster")
+    assert len((lab / "asked").read_text().split()) >= 2 and {r.worker.rpartition("-")[0] for r in rows(read(file))} == {"SLURMCluster"}
 
 
 BAD = {
