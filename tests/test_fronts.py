@@ -149,7 +149,7 @@ def test_what_papermill_would_run_is_let_through(lab, front, tmp_path, capsys):
 
 # Real processes
 
-MOONS = {"method": "rf", "data": "moons", "steps": "100000", "batch": "4096", "log_every": "1", "save_every": "100000", "name": "leg"} # a step takes a twentieth of a second
+MOONS = {"method": "rf", "data": "moons", "steps": "100000", "batch": "8192", "log_every": "1", "save_every": "10", "name": "leg"} # a step takes a tenth of a second
 
 
 def command(front: str, out: Path, **params) -> list:
@@ -239,7 +239,16 @@ WAYS = {
     "STOP": lambda terminal, folder: (folder / "STOP").touch(),
     "hang-up": lambda terminal, folder: terminal.hang_up(),
 }
-UNHEARD = {("module", "hang-up"), ("papermill", "hang-up")} # without a handler of its own: what counts is that the run goes on from its last checkpoint
+UNHEARD = {("module", "hang-up"), ("papermill", "hang-up"), ("papermill", "SIGTERM")} # nobody takes these signals: the last checkpoint counts
+
+
+def settled(folder: Path) -> Run:
+    "The run, once nobody trains it; a kernel may outlive papermill for a moment."
+    end = time.monotonic() + 30
+    while held(folder / ".lock"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return Run(folder)
 
 
 @pytest.mark.parametrize("front", ["cudlab", "module", "papermill", "job"])
@@ -249,17 +258,115 @@ def test_every_stop_saves_the_step_it_is_at_and_the_same_command_goes_on(lab, tm
         terminal = Terminal(command(front, tmp_path / "out.ipynb", **MOONS))
         at = underway(terminal, folder, last)
         act(terminal, folder)
-        code = terminal.wait()
-        end = time.monotonic() + 20
-        while held(folder / ".lock") and time.monotonic() < end: # a kernel that outlives papermill
-            time.sleep(0.05)
-        run, status = Run(folder), json.loads((folder / "status.json").read_text())
-        assert run.verify() >= 4 and run.step >= last
-        if (front, way) not in UNHEARD or code == 3:
+        late, code = rows(folder), terminal.wait()
+        run = settled(folder)
+        assert run.verify() >= 4 and run.step >= max(last, at - 10), (way, at, run.step)
+        if (front, way) not in UNHEARD:
+            status = json.loads((folder / "status.json").read_text())
             assert code == (1 if front == "papermill" else 3), (way, code, terminal.read())
-            assert at <= run.step <= at + 2 and rows(folder) == run.step, (way, at, run.step)
+            assert at <= run.step <= late + 2 and rows(folder) == run.step, (way, at, late, run.step)
             assert status["status"] == "stopped" and status["step"] == run.step and status.get("code", 3) == 3
             assert way == "hang-up" or f"step {run.step} of" in terminal.read(), way
         last = run.step
     with pytest.raises(Stopped):
         list(train(run, until=last + 1))
+
+
+@pytest.mark.parametrize("front", ["cudlab", "job"])
+def test_a_training_outlives_what_reads_it(lab, tmp_path, front):
+    "A reader that is gone, no output at all, a full disk under nohup: the training goes on, and a stop still saves, said once or twice at once (as `timeout` does)."
+    words, folder, last = command(front, tmp_path / "out.ipynb", **MOONS), lab / "leg", 0
+    shell = lambda way: ["sh", "-c", f'exec "$@" {way}', "sh", *words]
+    for way in (words, shell("<&- >&- 2>&-"), ["nohup", *shell("> /dev/full 2>&1")]):
+        process = subprocess.Popen(way, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        if way is words:
+            process.stdout.readline()
+            process.stdout.close()
+        end = time.monotonic() + 60
+        while rows(folder) < last + 4 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert process.poll() is None, way
+        if way[0] == "nohup":
+            os.killpg(process.pid, signal.SIGHUP)
+            now = rows(folder)
+            while rows(folder) < now + 3:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        process.terminate()
+        time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 3, way
+        run = settled(folder)
+        assert run.step > last and run.verify() >= 4 and rows(folder) == run.step
+        last = run.step
+
+
+def test_a_module_whose_reader_is_gone_leaves_a_whole_checkpoint(lab, tmp_path):
+    process = subprocess.Popen(command("module", tmp_path, **MOONS), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    process.stdout.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(3)
+    process.terminate()
+    process.wait(30)
+    run = settled(lab / "leg")
+    assert run.verify() >= 4
+    with pytest.raises(Stopped):
+        list(train(run, until=run.step + 1))
+
+
+# Scores
+
+@pytest.fixture
+def little(lab):
+    "A trained run of some seconds."
+    run = create(Config(method="rf", data="moons", steps=40, batch=64), "little")
+    list(train(run))
+    return run
+
+
+def test_an_evaluation_stops_between_two_scores_and_goes_on(lab, little):
+    words = [sys.executable, str(ROOT / "tools" / "job.py"), EVALUATE, "-p", "run", "little", "-p", "solvers", "euler heun", "-p", "nfes", "2 4 6 8", "-p", "n", "4000"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 60
+    while not little.scores and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    kept = little.scores
+    assert process.returncode == 3 and not err and "same command" in out and 1 <= len(kept) < 8
+    assert out.count(" NFE ") in (len(kept), len(kept) - 1) # the stop may come between a score and its line
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("measured before") == len(kept) and done.stdout.count(" NFE ") == 8 - len(kept)
+    assert little.scores[: len(kept)] == kept and len(little.scores) == 8
+
+
+def test_a_kill_while_scores_are_written_breaks_no_line(lab, little):
+    script = "import sys\nfrom cudlab.run import Run\nrun, k = Run.open('little'), int(sys.argv[1])\nprint('up', flush=True)\nwhile True:\n    k += 1\n    run.add_score({'seed': k, 'pad': 'x' * 3000})"
+    for start in (0, 10**6, 2 * 10**6):
+        process = subprocess.Popen([sys.executable, "-c", script, str(start)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "up\n"
+        time.sleep(0.2 + start / 10**7)
+        process.kill()
+        process.wait()
+    *lines, tail = (little.path / "scores.jsonl").read_bytes().split(b"\n")
+    seeds = [json.loads(line)["seed"] for line in lines]
+    assert len(seeds) > 10 and seeds == sorted(set(seeds)) and len(little.scores) == len(seeds)
+    assert little.add_score({"seed": -1}) and len(little.scores) == len(seeds) + 1
+
+
+def test_a_torn_score_is_left_out_and_the_next_one_is_whole(lab, little):
+    "Every length that a power cut may leave of the last line."
+    file, first, torn = little.path / "scores.jsonl", {"seed": 1, "fd": 2.5}, {"seed": 2, "fd": 1e-3, "solver": "euler"}
+    whole, last = (json.dumps(score).encode() + b"\n" for score in (first, torn))
+    for cut in range(len(last)):
+        file.write_bytes(whole + last[:cut])
+        found = [first, torn] if cut == len(last) - 1 else [first]
+        assert little.scores == found
+        assert little.add_score({"seed": 3}) and little.scores == [*found, {"seed": 3}]
+
+
+@pytest.mark.parametrize("error, code", [("ValueError", 2), ("Stopped", 3), ("Diverged", 4), ("Damaged", 5), ("OSError", 5), ("FileNotFoundError", 5), ("PermissionError", 5),
+                                         ("KeyError", 1), ("RuntimeError", 1), ("Whatever", 1), ("print", 1)])
+def test_the_code_of_an_error(error, code):
+    assert job.code_of(error) == code
