@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 RESULT = "application/vnd.cudlab.result+json"
+NOISE = "[IPKernelApp]"
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
 
 
@@ -157,7 +158,8 @@ def main(notebook: str, *args: str) -> int:
         if len(stops) == 1:
             if kernel:
                 os.kill(kernel, signal.SIGINT)
-            print("\nstopping: the run is saved first (once more to stop at once)", flush=True)
+            checker.kill()
+            print(f"\nstopping{': the run is saved first' if kernel else ''} (once more to stop at once)", flush=True)
         elif number != signal.SIGHUP and stops[-1] - stops[0] > 1: # a closing terminal and `timeout` signal twice at once
             if kernel:
                 os.killpg(kernel, signal.SIGKILL)
@@ -177,11 +179,14 @@ def main(notebook: str, *args: str) -> int:
         return 0
     params = {str(key): value for key, value in wanted["parameters"].items()}
     answer, _ = checker.communicate(json.dumps({"notebook": notebook, "cwd": wanted["cwd"], "params": params}, default=str))
+    if checker.returncode or stops:
+        return 130 if stops else 1
     folder, code, why = json.loads(answer)
-    if code or stops:
-        print(why or "stopped before anything began", file=sys.stderr)
-        return code or 130
+    if code:
+        print(why, file=sys.stderr)
+        return code
 
+    from nbclient.exceptions import DeadKernelError
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
     from papermill.execute import execute_notebook
@@ -213,8 +218,9 @@ def main(notebook: str, *args: str) -> int:
         print(f"{error.ename}: {error.evalue}\nThe traceback is in {out}", file=sys.stderr)
     elif error:
         words.seek(0)
-        print(next((line for line in reversed(words.read().decode(errors="replace").splitlines()) if line.strip()), f"{type(error).__name__}: {error}"), file=sys.stderr)
-    return 1 if error else status
+        said = [line for line in words.read().decode(errors="replace").splitlines() if line.strip() and not line.startswith(NOISE)]
+        print(said[-1] if said else f"{type(error).__name__}: {error}", file=sys.stderr)
+    return 138 if isinstance(error, DeadKernelError) else 1 if error else status
 
 
 def result(out: Path) -> str:
