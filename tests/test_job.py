@@ -42,6 +42,7 @@ def test_a_stop_waits_for_the_save(job, tmp_path):
 
 @pytest.mark.parametrize("error, status, lines", [
     ("ValueError", 2, ["n = 3 is out of range: at most 2"]),
+    ("FileNotFoundError", 5, ["n = 3 is out of range: at most 2"]),
     ("KeyError", 1, ["KeyError: 'n = 3 is out of range: at most 2'", "The traceback is in "]),
 ])
 def test_parameters_arrive_and_a_failure_is_a_sentence(job, tmp_path, error, status, lines):
@@ -56,3 +57,26 @@ def test_wrong_usage_is_a_sentence(job):
     process = job("pass", "-p", "n")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "requires 2 arguments" in err and len(err.splitlines()) == 1
+
+
+def test_a_stop_before_anything_began_leaves_nothing(job, tmp_path):
+    process = job("print('ready')")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and not err and "ready" not in out
+    assert not (tmp_path / ".jobs").exists()
+
+
+def test_a_kernel_that_dies_is_a_sentence(job):
+    process = job("import os, signal\nprint('ready', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 138 and err == "DeadKernelError: Kernel died\n"
+
+
+def test_another_notebook_is_not_checked_and_a_missing_one_is_a_sentence(job, tmp_path):
+    process = job("print(n, extra)", "-p", "extra", "5")
+    assert process.communicate(timeout=60) == ("1 5\n", "") and process.returncode == 0
+    (tmp_path / "job.ipynb").unlink()
+    process = subprocess.run(process.args, cwd=tmp_path, text=True, capture_output=True)
+    assert process.returncode == 2 and "job.ipynb" in process.stderr and process.stderr.count("\n") == 1
