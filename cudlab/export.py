@@ -175,7 +175,7 @@ def program(
 
 # %% ../nbs/27_export.ipynb #f53e9b69
 ONNX = """\
-session = onnxruntime.InferenceSession(folder / "model.onnx")
+session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
 
 def call(**given):
@@ -246,7 +246,7 @@ def write_onnx(run: Run, graph: Graph, card: dict, folder: Path) -> None:
     traced = program(graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = torch.onnx.export(traced, input_names=graph.inputs, output_names=[card["output"]], dynamo=True, external_data=False, verbose=False,
+        made = torch.onnx.export(traced, input_names=graph.inputs, output_names=[card["output"]], dynamic_shapes=tuple({0: "batch"} for _ in graph.inputs), dynamo=True, external_data=False, verbose=False,
                                  custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention})
     made.save(str(folder / "model.onnx"))
     (folder / "sample.py").write_text(SAMPLE.format(package="onnxruntime", call=ONNX))

@@ -83,6 +83,7 @@ def test_a_recipe_may_have_a_number_for_each_channel(moons, runs_path):
 # formats
 
 
+@pytest.mark.slow
 def test_onnx_is_sampled_by_numpy_alone(opened, tmp_path):
     import onnxruntime
 
@@ -91,7 +92,7 @@ def test_onnx_is_sampled_by_numpy_alone(opened, tmp_path):
         done = export(run, "onnx", tmp_path / name, **choices)
         assert done.difference < 2e-5 and sorted(p.name for p in done.folder.iterdir()) == ["card.json", "model.onnx", "sample.py"]
         card, session = json.loads((done.folder / "card.json").read_text()), onnxruntime.InferenceSession(done.folder / "model.onnx")
-        assert [i.name for i in session.get_inputs()] == card["inputs"] and card["weights"]["sha256"] == run.network_hash()
+        assert [i.name for i in session.get_inputs()] == card["inputs"] and {i.shape[0] for i in session.get_inputs()} == {"batch"} and card["weights"]["sha256"] == run.network_hash()
         for size in (1, 5): # another seed, another number of samples, no label
             known = [noise(7, torch.arange(size), run.shape).numpy()]
             for row in card["recipe"]:
@@ -137,18 +138,19 @@ def test_hub_folder_is_the_run_with_a_card(name, opened, tmp_path):
     assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in run.net(device="cpu").state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_whole_sampler_as_one_graph(tmp_path):
     import onnxruntime
 
-    done = export(Run.open("digits-rf"), "onnx", tmp_path / "a", "sampler", solver="ab2", steps=3)
+    done = export(Run.open("digits-rf"), "onnx", tmp_path / "a", "sampler", solver="ab2", steps=2)
     session = onnxruntime.InferenceSession(done.folder / "model.onnx")
     x = noise(9, torch.arange(6), (1, 8, 8))
     made = session.run(None, {"x": x.numpy()})[0]
-    assert done.difference < 2e-5 and np.abs(made - Run.open("digits-rf").solve(seed=9, index=6, solver="ab2", steps=3, device="cpu").x.numpy()).max() < 2e-5
+    assert done.difference < 2e-5 and np.abs(made - Run.open("digits-rf").solve(seed=9, index=6, solver="ab2", steps=2, device="cpu").x.numpy()).max() < 2e-5
     run = Run.open("digits-cud-aim8-classes")
-    done, y = export(run, "torch-export", tmp_path / "b", "sampler", steps=2, guidance=3.0), torch.tensor([1, 7, 7])
+    done, y = export(run, "torch-export", tmp_path / "b", "sampler", steps=1, guidance=3.0), torch.tensor([1, 7, 7])
     made = torch.export.load(done.folder / "model.pt2").module()(x[:3], y)
-    assert done.nfe == 4 and torch.allclose(made, run.solve(seed=9, index=3, steps=2, guidance=3.0, y=y, device="cpu").x, atol=2e-5)
+    assert done.nfe == 2 and torch.allclose(made, run.solve(seed=9, index=3, steps=1, guidance=3.0, y=y, device="cpu").x, atol=2e-5)
 
 
 def test_a_learned_solver_takes_its_network_along(tmp_path):
@@ -172,7 +174,6 @@ found = {"ab2": draw(solver="ab2", num_inference_steps=5), "unipc": draw(solver=
 np.savez(sys.argv[3], **found)
 images = pipe(3, generator=torch.Generator().manual_seed(0)).images
 assert len(images) == 3 and images[0].size == (8, 8)
-pipe.card = None
 try:
     pipe(solver="ab3x")
 except ValueError as e:
@@ -182,6 +183,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_diffusers_pipeline_knows_the_solvers(tmp_path):
     run = Run.open("digits-cud-aim8-classes")
     export(run, "diffusers-folder", tmp_path / "out")
@@ -197,20 +199,20 @@ def test_diffusers_pipeline_knows_the_solvers(tmp_path):
 # what is refused, and what is left behind
 
 
-def test_an_export_that_disagrees_is_not_kept(monkeypatch, tmp_path):
+def test_an_export_that_disagrees_is_not_kept(moons, monkeypatch, tmp_path):
     def spoilt(change):
         def write(run, graph, card, folder):
             with torch.no_grad():
-                change(graph.net.outs[0][2].bias)
+                change(graph.net.outs[0].bias)
             lab.write_torch(run, graph, card, folder)
         return write
 
     for change in (lambda b: b.add_(1e-3), lambda b: b.fill_(math.nan)):
         monkeypatch.setitem(lab.FORMATS, "torch-export", spoilt(change))
-        assert "draws other samples than the run" in complaint(export, Run.open("digits-boot"), "torch-export", tmp_path / "out")
+        assert "draws other samples than the run" in complaint(export, moons, "torch-export", tmp_path / "out")
         assert nothing(tmp_path)
     monkeypatch.setitem(lab.FORMATS, "torch-export", lambda run, graph, card, folder: (folder / "sample.py").write_text("import cudlab"))
-    assert "does not run without the lab" in complaint(export, Run.open("digits-boot"), "torch-export", tmp_path / "out") and nothing(tmp_path)
+    assert "does not run without the lab" in complaint(export, moons, "torch-export", tmp_path / "out") and nothing(tmp_path)
 
 
 def test_an_interrupted_export_leaves_nothing(monkeypatch, tmp_path):
