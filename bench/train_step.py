@@ -103,13 +103,13 @@ def speed(heads):
 def losses(steps=200, last=50):
     "Mean loss of the last steps of both loops, on MNIST."
     data = load("mnist")
-    for heads in (1, 2, 3):
-        for name, loop in (("plain", plain), ("cudlab", ours)):
-            ends = []
-            for seed in range(3):
+    for seed in range(3):
+        for heads in (1, 2, 3):
+            ends = {}
+            for name, loop in (("plain", plain), ("cudlab", ours)):
                 values = [value for value, _ in zip(loop(data, heads, seed), range(steps))]
-                ends.append(statistics.fmean(values[-last:]))
-            print(f"K = {heads}, {name:6}: mean loss of steps {steps - last + 1} to {steps}, seeds 0 to 2: {', '.join(f'{v:.4f}' for v in ends)}", flush=True)
+                ends[name] = statistics.fmean(values[-last:])
+            print(f"K = {heads}, seed {seed}: mean loss of steps {steps - last + 1} to {steps}: plain loop {ends['plain']:.4f}, cudlab {ends['cudlab']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,10 @@ def main(
             return export(way, rest)
     code = run_main(words)
     if words in ([], ["--help"], ["-h"], ["help"]):
-        print("       cudlab evaluate [key=value ...]  measure runs: quality against network calls; keys: cudlab evaluate --help")
+        print("""       cudlab evaluate [key=value ...]  measure runs: quality against network calls; keys: cudlab evaluate --help
+       cudlab sweep GRID.json           many trainings and evaluations; keys: cudlab sweep --help
+       cudlab export RUN to=FORMAT      a run for people without the lab; keys: cudlab export --help
+       cudlab import FOLDER as=NAME     such a run, or other weights, into the lab; keys: cudlab import --help""")
     return code
 
 # %% ../nbs/29_cli.ipynb #2647ed18
