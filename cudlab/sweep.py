@@ -512,7 +512,8 @@ def leg(
                 asked += 1
                 process.terminate() if asked == 1 else end(process, 0)
             time.sleep(0.1)
-        code, why = job.returncode, reason(log, at, job.returncode)
+        code = job.returncode
+        why = "stopped before there was something to save" if code < 0 and stop.exists() else reason(log, at, code)
         for book in Path(lab["CUDLAB_RUNS_PATH"], ".jobs").glob(f"{task.kind}-*-{job.pid}.ipynb"):
             record(folder, task.name, notebook=str(book))
         if code == 3 and task.params.get("minutes") and time.time() - start >= 60 * task.params["minutes"]:

@@ -74,6 +74,7 @@ def at_work(file) -> list:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing_and_a_second_time_there_is_nothing_to_do(lab):
     file = grid(lab, {"train": {"steps": 20, "batch": 32, "save_every": 5, "seed": [0, 1, 2]}, "workers": 2,
                       "jobs": [{"method": "rf"}, {"method": "cud", "args.aim": [2, 4, 8]}]})
@@ -99,6 +100,7 @@ def test_a_killed_worker_costs_nothing_and_a_second_time_there_is_nothing_to_do(
     assert not [p for p in ROOT.iterdir() if "dask" in p.name]
 
 
+@pytest.mark.slow
 def test_a_failure_takes_only_those_that_wait_for_it(lab):
     file = grid(lab, {"train": {"data": "moons", "batch": 32}, "workers": 2, "evaluate": {"run": ["wild", "good"], "nfes": 2, "solvers": "euler", "n": 64},
                       "jobs": [WILD, {"name": "good", "method": "rf", "steps": 20}, {"name": "pupil", "method": "distill", "args.teacher": "wild"}]})
@@ -110,6 +112,7 @@ def test_a_failure_takes_only_those_that_wait_for_it(lab):
     assert not (lab / "runs" / "pupil").exists() and Run.open("good").scores[0]["nfe"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_a_second_one_is_refused(lab):
     file = grid(lab, {"train": {"data": "moons", "steps": 100000, "batch": 32, "save_every": 20, "seed": [0, 1]}, "workers": 2})
     process = start(file)
@@ -131,6 +134,7 @@ def test_a_killed_sweep_goes_on_and_a_second_one_is_refused(lab):
     assert all(Run.open(r.job).verify() == 5 for r in table) and not at_work(file)
 
 
+@pytest.mark.slow
 def test_interrupted_midway_and_continued(lab):
     file = grid(lab, {"train": {"data": "moons", "steps": 20, "batch": 32, "seed": [0, 1, 2]}, "workers": 1})
     process = start(file)
@@ -143,6 +147,7 @@ def test_interrupted_midway_and_continued(lab):
     assert (code, err) == (0, "") and "3 jobs: 3 done" in out
 
 
+@pytest.mark.slow
 def test_legs_of_some_minutes_lead_to_the_end(lab):
     file = grid(lab, {"train": {"data": "moons", "steps": 3, "batch": 32, "minutes": 1e-4, "name": "legs"}})
     assert finish(start(file))[0] == 0
@@ -150,6 +155,7 @@ def test_legs_of_some_minutes_lead_to_the_end(lab):
     assert log.count("stopped by its time limit") == 2 and "run legs: done" in log
 
 
+@pytest.mark.slow
 def test_notebooks_teacher_student_and_scores_are_copied(lab):
     out = lab / "elsewhere"
     file = grid(lab, {"train": {"data": "moons", "steps": 20, "batch": 32}, "jobs": [{"name": "b", "method": "distill", "args.teacher": "a"}, {"name": "a", "method": "rf"}],
@@ -187,6 +193,7 @@ def test_a_reader_who_leaves_stops_the_jobs(lab):
     assert rows(read(file))[0].state == "stopped" and Run.open("long").step > 0 and not at_work(file)
 
 
+@pytest.mark.slow
 def test_any_scheduler_and_a_stop_from_elsewhere(lab):
     address, environment = lab / "scheduler.json", os.environ | {"DASK_TEMPORARY_DIRECTORY": str(lab / "dask")}
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", address]
@@ -208,6 +215,7 @@ def test_any_scheduler_and_a_stop_from_elsewhere(lab):
             process.wait(30)
 
 
+@pytest.mark.slow
 def test_slurm_by_a_stand_in(lab, monkeypatch):
     "What sbatch is given is copied and run here, as Slurm would do there; a job that ends too early is asked for again."
     pytest.importorskip("dask_jobqueue")
