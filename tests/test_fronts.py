@@ -241,7 +241,8 @@ WAYS = {
     "STOP": lambda terminal, folder: (folder / "STOP").touch(),
     "hang-up": lambda terminal, folder: terminal.hang_up(),
 }
-UNHEARD = {("module", "hang-up"), ("papermill", "hang-up"), ("papermill", "SIGTERM")} # nobody takes these signals: the last checkpoint counts
+# Nobody takes these signals, or papermill ends first and its kernel has a second to save: the last checkpoint counts.
+UNHEARD = {("module", "hang-up"), ("papermill", "hang-up"), ("papermill", "SIGTERM"), ("papermill", "Ctrl-C")}
 
 
 def settled(folder: Path) -> Run:
