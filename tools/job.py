@@ -42,7 +42,7 @@ def lasting(fd: int) -> io.TextIOWrapper:
 
 def code_of(error: str) -> int:
     "The exit status for an error that ended a notebook, by the name of its class."
-    known = {"ValueError": 2, "Stopped": 3, "Diverged": 4, "Damaged": 5}
+    known = {"ValueError": 2, "Stopped": 3, "Lost": 3, "Diverged": 4, "Damaged": 5}
     found = getattr(builtins, error, None)
     return known.get(error) or (5 if isinstance(found, type) and issubclass(found, OSError) else 1)
 
