@@ -1021,10 +1021,10 @@ def resume(
         return None
     data = verified(run.path, "train_state.safetensors", most)
     try:
-        state = unpack_state(data)
-        if state["step"] != run.step:
+        found = unpack_state(data)
+        if found["step"] != run.step:
             raise ValueError("it is of another step")
-        return state
+        return found["state"]
     except Exception as e:
         raise Damaged(f"run {run.name!r} cannot be continued: its train_state.safetensors cannot be used ({str(e)[:200]})") from None
 
@@ -1223,7 +1223,7 @@ def leg(
             f.write((json.dumps(row) + "\n").encode())
 
     def save(tick):
-        files = {"config.json": json.dumps(run.info | {"config": asdict(config)}, indent=1).encode(), "train_state.safetensors": pack_state(tick.state())} | weights_of(objective)
+        files = {"config.json": json.dumps(run.info | {"config": asdict(config)}, indent=1).encode(), "train_state.safetensors": pack_state({"step": tick.step, "state": tick.state()})} | weights_of(objective)
         if config.keep > 1 or config.keep_every and run.step % config.keep_every == 0:
             with contextlib.suppress(Damaged): # what has gone bad meanwhile is not worth keeping
                 put_aside(folder)
