@@ -651,7 +651,7 @@ class Run:
                 raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise Damaged(f"run {self.name!r} is damaged: its config.json or MANIFEST.json cannot be used ({str(e)[:300] if isinstance(e, ValueError) else type(e).__name__})") from None
-        self.info, self.weights, self.nets = info, ("ema", "raw"), {}
+        self.info, self.files, self.weights, self.nets = info, manifest["files"], ("ema", "raw"), {}
 
     @classmethod
     def open(cls, name: str) -> "Run":
@@ -1316,7 +1316,7 @@ def recorded(
     shipped: bool, # whether it lies in checkpoints/
 ) -> tuple:
     "What the small files of a run say: (RunInfo, status in status.json, name -> bytes of the manifest)."
-    run, manifest = Run(folder), contents(folder)
+    run = Run(folder)
     try:
         status = str(facts(folder, "status.json")[0].get("status", ""))[:20]
     except (OSError, ValueError):
@@ -1324,7 +1324,7 @@ def recorded(
     usual = default_features(run.config.data, run.shape[0])
     info = RunInfo(folder.name, folder, run.config.method, run.config.data, int(run.step), run.length, run.info["created"][:40], shipped, "",
                    parameters=int(run.info["parameters"]), best=best_of(run.scores, run.step, usual), teacher=run.info.get("teacher", {}).get("name", ""))
-    return info, status, {name: file["bytes"] for name, file in manifest["files"].items()}
+    return info, status, {name: file["bytes"] for name, file in run.files.items()}
 
 
 def look(
