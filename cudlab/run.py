@@ -656,7 +656,7 @@ class Run:
                 raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise Damaged(f"run {self.name!r} is damaged: its config.json or MANIFEST.json cannot be used ({str(e)[:300] if isinstance(e, ValueError) else type(e).__name__})") from None
-        self.info, self.weights, self.nets = info, ("ema", "raw"), {}
+        self.info, self.files, self.weights, self.nets = info, manifest["files"], ("ema", "raw"), {}
 
     @classmethod
     def open(cls, name: str) -> "Run":
@@ -896,7 +896,7 @@ def held(
 def interruptible(folder: Path):
     "Turns signals, a STOP file and the death of the parent process into a reason to stop: yields reason() -> str."
     caught, parent, main = [], os.getppid(), threading.current_thread() is threading.main_thread()
-    names = (signal.SIGINT, signal.SIGTERM) if main else ()
+    names = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])) if main else () # nohup ignores it
     before = {s: signal.signal(s, lambda number, frame: caught.append(signal.Signals(number).name)) for s in names}
     (folder / "STOP").unlink(missing_ok=True)
     try:
@@ -927,8 +927,8 @@ def place(
     if ships and chosen:
         raise ValueError(f"name = {name!r} is taken by a run that ships with the lab; choose another name")
     name += "-own" if ships else ""
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-        raise ValueError(f"name = {name[:80]!r} is not a folder name of letters, digits, dots, dashes and underscores")
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith(".") or len(name.encode()) > 200:
+        raise ValueError(f"name = {name[:80]!r} is not a folder name of letters, digits, dots, dashes and underscores" + f", 200 at most, and not {len(name)}" * (len(name.encode()) > 200))
     folder = lab.runs_path / name
     if is_run(folder):
         try:
@@ -1026,10 +1026,10 @@ def resume(
         return None
     data = verified(run.path, "train_state.safetensors", most)
     try:
-        state = unpack_state(data)
-        if state["step"] != run.step:
+        found = unpack_state(data)
+        if found["step"] != run.step:
             raise ValueError("it is of another step")
-        return state
+        return found["state"]
     except Exception as e:
         raise Damaged(f"run {run.name!r} cannot be continued: its train_state.safetensors cannot be used ({str(e)[:200]})") from None
 
@@ -1241,7 +1241,7 @@ def leg(
             f.write((json.dumps(row) + "\n").encode())
 
     def save(tick):
-        files = {"config.json": json.dumps(run.info | {"config": asdict(config)}, indent=1).encode(), "train_state.safetensors": pack_state(tick.state())} | weights_of(objective)
+        files = {"config.json": json.dumps(run.info | {"config": asdict(config)}, indent=1).encode(), "train_state.safetensors": pack_state({"step": tick.step, "state": tick.state()})} | weights_of(objective)
         if config.keep > 1 or config.keep_every and run.step % config.keep_every == 0:
             with contextlib.suppress(Damaged): # what has gone bad meanwhile is not worth keeping
                 put_aside(folder)
@@ -1381,7 +1381,7 @@ def recorded(
     shipped: bool, # whether it lies in checkpoints/
 ) -> tuple:
     "What the small files of a run say: (RunInfo, status in status.json, name -> bytes of the manifest)."
-    run, manifest = Run(folder), contents(folder)
+    run = Run(folder)
     try:
         status = str(facts(folder, "status.json")[0].get("status", ""))[:20]
     except (OSError, ValueError):
@@ -1389,7 +1389,7 @@ def recorded(
     usual = default_features(run.config.data, run.shape[0])
     info = RunInfo(folder.name, folder, run.config.method, run.config.data, int(run.step), run.length, run.info["created"][:40], shipped, "",
                    parameters=int(run.info["parameters"]), best=best_of(run.scores, run.step, usual), teacher=run.info.get("teacher", {}).get("name", ""))
-    return info, status, {name: file["bytes"] for name, file in manifest["files"].items()}
+    return info, status, {name: file["bytes"] for name, file in run.files.items()}
 
 
 def look(

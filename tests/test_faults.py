@@ -608,8 +608,8 @@ def test_odd_files_beside_a_checkpoint_do_no_harm(lab, good, file, case):
 def test_a_forged_training_state_is_refused(lab):
     run = trained("state", until=3)
     tensor, whole = torch.zeros(2), unpack_state((run.path / "train_state.safetensors").read_bytes())
-    lying = lambda stride: safetensors.torch.save({"0": tensor}, {"state": json.dumps({"dict": [["step", 3], ["optim", {"tensor": "0", "stride": stride}]]})})
-    bad = [b"", b"\x80\x04", pack_state(whole | {"step": 5}), pack_state({}), safetensors.torch.save({"0": tensor}), safetensors.torch.save({}, {"state": "[" * 10**5}), lying([2**40]), lying([-1]), lying([1, 1]), lying("x"), lying([0.5])]
+    lying = lambda stride: safetensors.torch.save({"0": tensor}, {"state": json.dumps({"dict": [["step", 3], ["state", {"tensor": "0", "stride": stride}]]})})
+    bad = [b"", b"\x80\x04", pack_state(whole | {"step": 5}), pack_state({"step": 3}), pack_state({}), safetensors.torch.save({"0": tensor}), safetensors.torch.save({}, {"state": "[" * 10**5}), lying([2**40]), lying([-1]), lying([1, 1]), lying("x"), lying([0.5])]
     for data in bad:
         forge(run.path, "train_state.safetensors", data)
         error = failure(train(Run(run.path)))

@@ -243,7 +243,7 @@ WAYS = {
     "hang-up": lambda terminal, folder: terminal.hang_up(),
 }
 # Nobody takes these signals, or papermill ends first and its kernel has a second to save: the last checkpoint counts.
-UNHEARD = {("module", "hang-up"), ("papermill", "hang-up"), ("papermill", "SIGTERM"), ("papermill", "Ctrl-C")}
+UNHEARD = {("papermill", "hang-up"), ("papermill", "SIGTERM"), ("papermill", "Ctrl-C")}
 
 
 def settled(folder: Path) -> Run:

@@ -89,7 +89,7 @@ def busy() -> str:
 
 def mine() -> list:
     "Your runs: what is running, then what can be continued, then what is done; the newest first."
-    rank = {"running": 0, "dead": 1, "stopped": 2, "new": 2, "diverged": 3}
+    rank = {"running": 0, "dead": 1, "failed": 1, "stopped": 2, "new": 2, "diverged": 3}
     return sorted((r for r in listed() if not r.shipped and not r.damaged), key=lambda r: rank.get(r.status, 4))
 
 
@@ -192,12 +192,17 @@ def start(text: str, request: gr.Request = None) -> str:
         return launch(*understood(text))
 
 
+def resumable(at: dict) -> bool:
+    "Whether a job in this state has a run that can go on."
+    return at["status"] in ("stopped", "dead", "new", "diverged", "failed") and at["of"] is not None
+
+
 def resume(name: str, request: gr.Request = None) -> str:
     "Go on with a run that was stopped or killed: the same configuration under the same name."
     with in_words():
         permitted(request)
         at = state(name)
-        if at["status"] not in ("stopped", "dead", "new", "diverged"):
+        if not resumable(at):
             raise ValueError(f"run {name!r} is {at['status']}; only a run that was stopped or killed can go on")
         folder = known(name).path
         config, job = parameters({})
@@ -218,7 +223,7 @@ def stop(name: str, request: gr.Request = None) -> str:
 # What is shown
 
 WORDS = {"running": "The job runs.", "stopped": "The job was stopped after a checkpoint and can go on.", "done": "The job is done.", "new": "The run is made and not trained yet; it can go on.",
-         "dead": "The job was killed: its process is gone, its last checkpoint is whole, and it can go on from there.", "failed": "The job ended before it made a run; its last words are below.",
+         "dead": "The job was killed: its process is gone, its last checkpoint is whole, and it can go on from there.", "failed": "The job ended with an error; its last words are below.",
          "diverged": "The training diverged; the last good checkpoint is kept.", "starting": "The job is starting: the notebook's kernel comes up first.", "ending": "The run is done; the notebook draws its last cell."}
 
 
@@ -304,8 +309,8 @@ def view(name) -> tuple:
 
 def buttons(name) -> tuple:
     "Which of stop and resume make sense now."
-    status = state(name)["status"] if name else ""
-    return gr.update(interactive=status == "running"), gr.update(interactive=status in ("stopped", "dead", "new", "diverged") and not busy())
+    at = state(name) if name else {"status": ""}
+    return gr.update(interactive=at["status"] == "running"), gr.update(interactive=bool(name) and resumable(at) and not busy())
 
 
 def watched(name) -> tuple:
