@@ -6,9 +6,11 @@ processor seconds of one thread, which other work on the machine hardly changes;
 """
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -76,13 +78,14 @@ def forwards(name: str, method: str, where: torch.device) -> float:
     return sum(seen) / batch
 
 
-def in_steps(name: str, batch: int, counts: tuple, where: torch.device) -> dict:
-    "Training time of CUD, K = 1, over the number of steps; each count is a training of its own, from its first step."
-    points = []
-    for count in (counts[0], *counts): # the first pays what is paid once a process
-        ticks, _ = training(name, "CUD K=1", batch, where)
-        points.append((count, seconds(lambda run=ticks, n=count: [next(run) for _ in range(n)], where)))
-    return line(points[1:])
+def in_steps(name: str, batch: int, counts: tuple, rounds: int, where: torch.device) -> dict:
+    "Training time of CUD, K = 1, over the number of steps; each count is a training of its own, from its first step; medians of the rounds."
+    found = {count: [] for count in counts}
+    for _ in range(rounds):
+        for count, times in found.items():
+            ticks, _ = training(name, "CUD K=1", batch, where)
+            times.append(seconds(lambda run=ticks, n=count: [next(run) for _ in range(n)], where))
+    return line([(count, statistics.median(times)) for count, times in found.items()])
 
 
 def in_heads(name: str, batch: int, block: int, rounds: int, where: torch.device) -> dict:
@@ -110,9 +113,12 @@ def in_calls(name: str, batch: int, calls: tuple, rounds: int, where: torch.devi
 
 
 def held(where: torch.device) -> float:
-    "Megabytes this process holds: resident memory, or what the GPU has allocated."
+    "Megabytes this process holds: resident memory without what is free to be given back, or what the GPU has allocated."
+    gc.collect()
     if where.type == "cuda":
         return torch.cuda.memory_allocated(where) / 1e6
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0) # else a leak could hide in what earlier work has freed
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
@@ -123,7 +129,6 @@ def memory(action, count: int, where: torch.device, every: int = 10) -> dict:
     for k in range(count):
         action()
         if k % every == every - 1:
-            gc.collect()
             points.append((k + 1, held(where)))
     late = [p for p in points if p[0] > count / 10]
     values = [mb for _, mb in late]
@@ -141,12 +146,14 @@ def chart(found: dict, file: Path) -> None:
     for (name, laws), row in zip(found["nets"].items(), axes):
         panels = ((f"{name}: training, CUD K=1", "steps", {"": laws["steps"]}), (f"{name}: a step of RF and CUD K=1, 2, 3", "image-forwards a sample", {"": laws["heads"]}),
                   (f"{name}: a solve", "network calls", laws["calls"]))
-        for ax, (title, label, lines) in zip(row, panels):
+        for ax, (title, axis, lines) in zip(row, panels):
             for which, fitted in lines.items():
                 x, y = zip(*fitted["points"])
                 dots = ax.plot(x, y, "o", ms=3.5, label=f"{which} R² {fitted['r2']:.4f}".strip())
+                for label, at in zip(fitted.get("names", ()), zip(x, y)):
+                    ax.annotate(label, at, (4, -9), textcoords="offset points", fontsize=7)
                 ax.plot([0, max(x)], [fitted["intercept"], fitted["intercept"] + fitted["slope"] * max(x)], lw=1, color=dots[0].get_color())
-            ax.set(title=title, xlabel=label, ylabel="seconds", ylim=(0, None))
+            ax.set(title=title, xlabel=axis, ylabel="seconds", ylim=(0, None))
             ax.legend(frameon=False, fontsize=7)
         for which, fitted in laws["memory"].items():
             row[3].plot(*zip(*fitted["points"]), lw=1.2, label=f"{which}: {fitted['spread']:.1f} MB apart")
@@ -159,14 +166,6 @@ def laws(name: str, batch: int, counts: tuple, block: int, rounds: int, calls: t
     "All laws of one network, printed as they are found."
     say = lambda what, law, unit: print(f"{name:6} {what:28} {1000 * law['slope']:8.3f} ms {unit}, {1000 * law['intercept']:+8.2f} ms at none, R^2 {law['r2']:.5f}", flush=True)
     found = {"batch": batch, "parameters": sum(p.numel() for p in network(name, load(name).shape).parameters())}
-    found["steps"] = in_steps(name, batch, counts, where)
-    say("training, CUD K=1", found["steps"], "a step")
-    found["heads"] = in_heads(name, batch, block, rounds, where)
-    say("a step of RF, CUD K=1,2,3", found["heads"], "an image-forward a sample")
-    print("       " + ", ".join(f"{method} {count:g} image-forwards {1000 * spent:.1f} ms" for method, (count, spent) in zip(METHODS, found["heads"]["points"])))
-    found["calls"] = in_calls(name, batch, calls, rounds, where)
-    for solver, law in found["calls"].items():
-        say(f"a solve with {solver}", law, "a call")
     ticks, objective = training(name, "CUD K=1", batch, where)
     f, x, ts = Velocity(copy.deepcopy(objective.net).eval()), noise(0, batch, objective.net.shape, where), grid("uniform", 8).to(where)
     with torch.no_grad():
@@ -174,6 +173,14 @@ def laws(name: str, batch: int, counts: tuple, block: int, rounds: int, calls: t
     found["memory"] = {f"{steps} training steps": memory(lambda: next(ticks), steps, where), f"{solves} solves of 8 calls": sampled}
     for what, law in found["memory"].items():
         print(f"{name:6} memory over {what:26} {1000 * law['slope']:+8.2f} kB each, {law['spread']:.2f} MB between least and most", flush=True)
+    found["steps"] = in_steps(name, batch, counts, rounds, where)
+    say("training, CUD K=1", found["steps"], "a step")
+    found["heads"] = in_heads(name, batch, block, rounds, where)
+    say("a step of RF, CUD K=1,2,3", found["heads"], "an image-forward a sample")
+    print("       " + ", ".join(f"{method} {count:g} image-forwards {1000 * spent:.1f} ms" for method, (count, spent) in zip(METHODS, found["heads"]["points"])))
+    found["calls"] = in_calls(name, batch, calls, rounds, where)
+    for solver, law in found["calls"].items():
+        say(f"a solve with {solver}", law, "a call")
     return found
 
 
@@ -187,7 +194,7 @@ def main(words: list = None) -> None:
     found = {"machine": machine(where), "torch": torch.__version__, "clock": "processor seconds of one thread" if where.type == "cpu" else "wall seconds",
              "protocol": "float32 on a CPU, auto on a GPU; untrained weights; medians of rounds that take turns", "nets": {}}
     print(f"{found['machine']}, torch {found['torch']}, {found['clock']}; {found['protocol']}")
-    found["nets"]["digits"] = laws("digits", 32, (25, 50, 100, 200), 10, 5, CALLS, 300, 200, where)
+    found["nets"]["digits"] = laws("digits", 32, (15, 30, 60, 120), 10, 5, CALLS, 300, 200, where)
     if told.full:
         found["nets"]["mnist"] = laws("mnist", 8, (4, 8, 16, 32), 2, 3, CALLS[:4], 60, 20, where)
     file = settings().root / "docs" / "cost.json"

@@ -180,7 +180,7 @@ def train_speeds(where: torch.device, small: bool, roof: dict) -> list:
 @torch.no_grad()
 def sampling(where: torch.device, small: bool) -> list:
     "Seconds for a set of MNIST samples and their features, in float32 as scores are measured, and in bfloat16."
-    n, batch = (256, 64) if small else (50_000, 2000)
+    n, batch = (64, 32) if small else (50_000, 2000)
     net = network("mnist", SHAPES["mnist"]).to(where, memory_format=torch.channels_last).eval()
     f, eyes, rows = Velocity(net), features("mnist-v1"), []
 
@@ -195,7 +195,7 @@ def sampling(where: torch.device, small: bool) -> list:
 
     for dtype in (torch.float32, torch.bfloat16):
         made(1, dtype)
-        for steps in (1, 16):
+        for steps in (1, 4) if small else (1, 16):
             took, name = seconds(lambda k=steps, d=dtype: made(k, d), where), str(dtype).removeprefix("torch.")
             rows.append(dict(n=n, nfe=steps, dtype=name, seconds=took))
             print(f"sample {n:,} images of MNIST, {steps:2} NFE, {name:8} with features: {took:.2f} s, {n / took:,.0f} img/s", flush=True)
