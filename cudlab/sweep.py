@@ -8,7 +8,7 @@ __all__ = ['USAGE', 'Options', 'Task', 'Sweep', 'flat', 'grid', 'training', 'stu
            'environment', 'end', 'left_behind', 'reason', 'leg', 'dask_setup', 'cluster', 'remote', 'deliver',
            'machine', 'run', 'verdict', 'follow', 'main', 'stopping']
 
-# %% ../nbs/26_sweep.ipynb #482c8ab8
+# %% ../nbs/26_sweep.ipynb #bd2a3a12
 import collections
 import contextlib
 import hashlib
@@ -47,6 +47,7 @@ from .run import Run
 from .run import Stopped
 from .run import arguments
 from .run import build
+from .run import farewell
 from .run import folders
 from .run import held
 from .run import locate
@@ -751,12 +752,8 @@ def main(
             return verdict(table) if todo == "status" else 0
         with stopping(sweep):
             table = follow(run(sweep))
-    except Stopped as e:
-        print(e, flush=True)
-        return 3
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    except Exception as e:
+        return farewell(e)
     bad = [r for r in table if r.state == "failed" or r.state == "done" and r.why]
     for r in bad:
         print(f"{r.job}: {f'failed with code {r.code}: ' if r.state == 'failed' else ''}{r.why}", file=sys.stderr)
