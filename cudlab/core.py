@@ -412,7 +412,10 @@ def joined(
     if team().size > 1 or not size.isdecimal() or int(size) < 2:
         yield team()
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(seconds=patience))
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=patience))
     try:
         crew = team()
         me = torch.tensor([[zlib.crc32(platform.node().encode()), os.getpid()]])
