@@ -665,8 +665,7 @@ def taken(
     with tempfile.TemporaryDirectory(prefix=".import-", dir=runs_path) as work:
         made = Path(work) / "made"
         made.mkdir()
-        manifest = json.loads(read(run.path, "MANIFEST.json"))
-        commit(made, {n: verified(run.path, n) for n in manifest.pop("files")}, manifest, {})
+        commit(made, {n: verified(run.path, n) for n in json.loads(read(run.path, "MANIFEST.json"))["files"]}, {"step": run.step}, {})
         for extra in ("scores.jsonl", "train.ipynb"):
             if (run.path / extra).is_file():
                 shutil.copyfile(run.path / extra, made / extra)

@@ -11,15 +11,16 @@ __all__ = ['METHODS', 'CODES', 'FREE', 'MEASURED', 'SIGNED', 'SEEN', 'USAGE', 'm
            'clock', 'place', 'create', 'weights_of', 'pack_state', 'unpack_state', 'resume', 'kept', 'linked',
            'put_aside', 'prune', 'flaw', 'way_back', 'go_back', 'conclude', 'tidy', 'train', 'leg', 'launch', 'best_of',
            'RunInfo', 'state_of', 'recorded', 'look', 'runs', 'known', 'differences', 'Job', 'arguments', 'given',
-           'parameters', 'keep_notebook', 'slim', 'from_words', 'work', 'main']
+           'parameters', 'keep_notebook', 'slim', 'from_words', 'Lasting', 'outlive', 'work', 'main']
 
-# %% ../nbs/20_run.ipynb #a13837ac
+# %% ../nbs/20_run.ipynb #39b506e8
 import collections
 import contextlib
 import datetime
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -1546,6 +1547,33 @@ def from_words(
             params[key] = parse(value, kinds.get(key))
     return params
 
+# %% ../nbs/20_run.ipynb #e90656f0
+class Lasting(io.FileIO):
+    "An output that drops what nobody reads any more, and of a job whatever cannot be written."
+
+    job = False
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            if self.job or isinstance(e, BrokenPipeError):
+                return len(data)
+            raise
+
+
+def outlive(
+    job: bool, # whether this process does work that must not be lost
+) -> None:
+    "Make this process survive the end of its reader; a job, of its terminal, too."
+    for name in ("stdout", "stderr"):
+        if old := getattr(sys, name): # None where it was closed from the start
+            raw = Lasting(old.fileno(), "w", closefd=False)
+            raw.job = job
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), old.encoding, old.errors, line_buffering=True))
+    if job and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
 # %% ../nbs/20_run.ipynb #d2948152
 USAGE = """usage: cudlab train [key=value ...]     train or continue a run; keys as in nbs/train.ipynb, method arguments as args.key=value
        cudlab continue RUN [key=value ...]  continue a run by its name
@@ -1574,7 +1602,9 @@ def main(
     words: list = None, # command line; default: sys.argv
 ) -> int:
     "The command line; returns the exit code."
-    words = sys.argv[1:] if words is None else words
+    if words is None:
+        words = sys.argv[1:]
+        outlive(words[:1] in (["train"], ["continue"]))
     try:
         match words:
             case ["train", *rest]:
