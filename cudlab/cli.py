@@ -137,14 +137,7 @@ def main(
             from cudlab.export import main as export
 
             return export(way, rest)
-    code = run_main(words)
-    if words in ([], ["--help"], ["-h"], ["help"]):
-        print("""       cudlab evaluate [key=value ...]  measure runs: quality against network calls; keys: cudlab evaluate --help
-       cudlab sample RUN out=FOLDER     samples as files, on any number of processes; keys: cudlab sample --help
-       cudlab sweep GRID.json           many trainings and evaluations; keys: cudlab sweep --help
-       cudlab export RUN to=FORMAT      a run for people without the lab; keys: cudlab export --help
-       cudlab import FOLDER as=NAME     such a run, or other weights, into the lab; keys: cudlab import --help""")
-    return code
+    return run_main(words)
 
 # %% ../nbs/29_cli.ipynb #2647ed18
 if __name__ == "__main__" and "cudlab.cli" in str(getattr(__spec__, "name", "")):

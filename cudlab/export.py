@@ -8,7 +8,7 @@ __all__ = ['MOST', 'ONNX', 'TORCH', 'SAMPLE', 'MODEL', 'PIPELINE', 'DIFFUSERS', 
            'write_hub', 'Exported', 'drawn', 'export', 'edm_names', 'some', 'opened', 'fitted', 'edm_denoiser', 'taken',
            'begun', 'Export', 'sorted_words', 'usage', 'main']
 
-# %% ../nbs/27_export.ipynb #df4eb16f
+# %% ../nbs/27_export.ipynb #1b09fc28
 import copy
 import importlib.util
 import json
@@ -51,6 +51,7 @@ from .run import build
 from .run import commit
 from .run import create
 from .run import digest
+from .run import farewell
 from .run import fill
 from .run import find_solver
 from .run import from_words
@@ -225,6 +226,8 @@ def sample(noise, labels=None):
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
     out, *given = sys.argv[1:]
     noise, labels, *_ = [*(np.load(name) for name in given), None, None]
     if noise is None:
@@ -369,6 +372,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
     out, *given = sys.argv[1:]
     noise, labels, *_ = [*(torch.from_numpy(np.load(name)) for name in given), None, None]
     pipe = DiffusionPipeline.from_pretrained(Path(__file__).resolve().parent, trust_remote_code=True)
@@ -515,7 +520,7 @@ def export(
     **choices, # solver, steps, grid, head, guidance: how it is sampled, as in `Run.walk`; default: the run's own way
 ) -> Exported:
     "Write a run for others, sample what was written, and keep it if the samples are the run's."
-    write, out = pick("format", to, FORMATS), Path(out)
+    write, out = pick("format", to, FORMATS), Path(out).absolute()
     if what not in ("net", "sampler") or what == "sampler" and to not in ("onnx", "torch-export"):
         raise ValueError(f"what = {str(what)[:40]!r} is not possible with to = {to!r}; what=net, or what=sampler with to=onnx or to=torch-export")
     if missing := [name for name in NEEDS.get(to, ()) if importlib.util.find_spec(name) is None]:
@@ -535,6 +540,7 @@ def export(
     y = torch.arange(8) % len(card["classes"]) if card["classes"] else None
     truth = run.solve(index=8, y=y, weights=weights, device="cpu", **choices).x
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
             folder = Path(work) / "made"
             folder.mkdir()
@@ -767,6 +773,10 @@ def main(
         else:
             given = sorted_words(words, "file")
             file, name = Path(given.pop("file", "")), given.pop("as", "")
+            if not file.exists() or not file.name:
+                raise ValueError(f"there is no file or folder {str(file)[:200]!r} to import")
+            if (file / "card.json").is_file():
+                raise ValueError(f"{str(file)[:200]!r} is an export for people without the lab; of the exports only a hub folder comes back")
             if not name:
                 raise ValueError("as = '' names no run; cudlab import FILE as=NAME, with data=... where the file is weights alone")
             if (file / "config.json").is_file():
@@ -784,9 +794,8 @@ def main(
     except KeyboardInterrupt:
         print("stopped; nothing was written", flush=True)
         return 3
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 5 if "damaged" in str(e) or "data" in str(e).split()[:1] else 2
+    except Exception as e:
+        return farewell(e)
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)

@@ -412,7 +412,7 @@ def lines(
               f"{r.minutes:.1f}" if r.minutes else "", r.worker, r.why) for r in shown[: height - 2 if height else None]]
     wide = [max(len(line[i]) for line in (head, *texts)) for i in range(len(head))]
     texts = ["  ".join(t.rjust(w) if i in (2, 3, 4, 6) else t.ljust(w) for i, (t, w) in enumerate(zip(line, wide))).rstrip() for line in (head, *texts)]
-    texts.append(f"{len(table)} jobs: " + ", ".join(f"{count[s]} {s}" for s in ("done", "running", "queued", "waiting", "stopped", "failed") if count[s]))
+    texts.append(f"{len(table)} job{'s' * (len(table) != 1)}: " + ", ".join(f"{count[s]} {s}" for s in ("done", "running", "queued", "waiting", "stopped", "failed") if count[s]))
     return [text[: width - 1] if width else text for text in texts]
 
 # %% ../nbs/26_sweep.ipynb #325ee4d6
@@ -744,8 +744,10 @@ def main(
     try:
         todo = words[1] if words[1:] and words[1] in ("plan", "status", "stop") else ""
         sweep = read(words[0], words[1 + bool(todo):])
-        if todo == "stop" and held(sweep.folder / ".lock"):
+        if todo == "stop" and (running := held(sweep.folder / ".lock")):
             (sweep.folder / "stop").touch()
+        if todo == "stop":
+            print("asked to stop: the jobs that run save first" if running else "this sweep is not running")
         if todo:
             table = rows(sweep)
             print("\n".join(lines(table)))
