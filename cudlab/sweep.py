@@ -272,6 +272,8 @@ def read(
         raise ValueError(f"{path.name} has no job: it needs train or jobs, or evaluate with run")
     if options.scheduler and options.cluster != "local":
         raise ValueError(f"scheduler = {options.scheduler!r} and cluster = {options.cluster!r} exclude each other; leave one out")
+    if options.cluster == "slurm" and (lacks := [f"slurm.{key}" for key in ("cores", "memory") if key not in options.slurm]) and options.workers:
+        raise ValueError(f"cluster = 'slurm' needs {' and '.join(lacks)}: what one of its jobs asks for")
     if options.cluster == "slurm" and not options.workers:
         raise ValueError("workers = 0 leaves open how many jobs of Slurm run at a time; give a number with cluster=slurm")
     folder = settings().runs_path / ".sweeps" / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
@@ -559,8 +561,6 @@ def cluster(
                 target = stack.enter_context(distributed.LocalCluster(n_workers=count, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0,
                                                                       local_directory=temp, preload=["cudlab.sweep"], silence_logs=logging.CRITICAL))
             client = stack.enter_context(distributed.Client(target, timeout=8, set_as_default=False))
-        except KeyError:
-            raise ValueError(f"{named} cannot be used: it needs slurm.cores and slurm.memory") from None
         except (OSError, TypeError, ValueError, ImportError, RuntimeError) as e:
             raise ValueError(f"{named} cannot be used: {' '.join(str(e).split())[:300]}") from None
         yield client

@@ -503,7 +503,7 @@ WEIGHTS = {
     "overlap": lambda good, trap: safe({k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in ("net.a", "net.b")}, b"\0" * 4),
     "strange dtype": lambda good, trap: safe({"net.w": {"dtype": "PY", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
     "no tensors": lambda good, trap: safetensors.torch.save({}), "a tensor less": lambda good, trap: safetensors.torch.save(dict(list(good.items())[1:])),
-    "a tensor more": changed(**{"net.more": torch.zeros(1)}), "another shape": first(lambda v: v[..., :1]), "transposed": first(lambda v: v.reshape(-1)),
+    "a tensor more": changed(**{"net.more": torch.zeros(1)}), "another shape": first(lambda v: v[..., :1]), "an axis more": first(lambda v: v[None]),
     "nan": first(lambda v: v * math.nan), "inf": first(lambda v: v + math.inf), "float64": first(lambda v: v.double()), "whole numbers": first(lambda v: v.int()), "complex": first(lambda v: v.to(torch.complex64)),
 }
 SHAPES = {"shape of 10^18": [1, 10**9, 10**9], "shape of 2^60": [2**30, 2**30], "no shape": [], "negative shape": [-2], "shape of words": ["two"], "shape in a word": "22", "infinite shape": [math.inf], "a thousand axes": [2] * 1000,
