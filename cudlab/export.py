@@ -238,19 +238,11 @@ if __name__ == "__main__":
 # %% ../nbs/27_export.ipynb #d27bc9e6
 def write_onnx(run: Run, graph: Graph, card: dict, folder: Path) -> None:
     "model.onnx, and the program that samples it with numpy."
-    from onnxscript import opset18 as op
-
-    def attention(q, k, v, *unused, **none):
-        "The exporter's own translation wants four axes; the lab's attention has three, (B, pixels, C)."
-        shares = op.Softmax(op.Mul(op.MatMul(q, op.Transpose(k, perm=[0, 2, 1])), op.Constant(value_float=1 / math.sqrt(q.shape[-1]))), axis=-1)
-        return op.MatMul(shares, v)
-
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR) # it misses torchvision
     traced = program(graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = torch.onnx.export(traced, input_names=graph.inputs, output_names=[card["output"]], dynamic_shapes=tuple({0: "batch"} for _ in graph.inputs), dynamo=True, external_data=False, verbose=False,
-                                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention})
+        made = torch.onnx.export(traced, input_names=graph.inputs, output_names=[card["output"]], dynamic_shapes=tuple({0: "batch"} for _ in graph.inputs), dynamo=True, external_data=False, verbose=False)
     made.save(str(folder / "model.onnx"))
     (folder / "sample.py").write_text(SAMPLE.format(package="onnxruntime", call=ONNX))
 

@@ -129,8 +129,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "(B, C, H, W) -> (B, C, H, W), without the skip."
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1) # (B, HW, C)
-        h = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1) # (B, 1, HW, C): fused kernels want an axis of heads
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return self.proj(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 # %% ../nbs/03_net.ipynb #37aa3e9b
