@@ -10,8 +10,6 @@ import sys
 import time
 
 import torch
-from torch.nn.attention import SDPBackend
-from torch.nn.attention import sdpa_kernel
 
 from cudlab.core import use_threads
 from cudlab.metrics import processor
@@ -71,18 +69,6 @@ def targets():
     return seconds({"two targets, two calls": lambda: once(2), "two targets, one call": lambda: once(1)})
 
 
-def attention():
-    "The fused attention of torch, and the plain products."
-    net, x, t = network("mnist", (1, 28, 28)), torch.randn(BATCH, 1, 28, 28), torch.rand(BATCH)
-
-    @torch.no_grad()
-    def once(backend):
-        with sdpa_kernel(backend), torch.autocast("cpu", torch.bfloat16):
-            net(x, t)
-
-    return seconds({"attention, fused": lambda: once(SDPBackend.FLASH_ATTENTION), "attention, products": lambda: once(SDPBackend.MATH)})
-
-
 def updates():
     "Optimiser and average: one call for all tensors, or Python for each."
     net = network("mnist", (1, 28, 28))
@@ -115,7 +101,7 @@ def ceilings():
 if __name__ == "__main__":
     use_threads()
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {BATCH}")
-    for title, rows, unit in (("passes", passes("--compile" in sys.argv), "ms"), ("targets", targets(), "ms"), ("attention", attention(), "ms"), ("updates", updates(), "ms"), ("ceilings", ceilings(), "GFLOP/s")):
+    for title, rows, unit in (("passes", passes("--compile" in sys.argv), "ms"), ("targets", targets(), "ms"), ("updates", updates(), "ms"), ("ceilings", ceilings(), "GFLOP/s")):
         print(f"-- {title}")
         for name, value in rows.items():
             print(f"{name:46} {value:9.2f} {unit}")
