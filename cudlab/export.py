@@ -8,7 +8,7 @@ __all__ = ['MOST', 'ONNX', 'TORCH', 'SAMPLE', 'MODEL', 'PIPELINE', 'DIFFUSERS', 
            'write_hub', 'Exported', 'drawn', 'export', 'edm_names', 'some', 'opened', 'fitted', 'edm_denoiser', 'taken',
            'begun', 'Export', 'sorted_words', 'usage', 'main']
 
-# %% ../nbs/27_export.ipynb #1b09fc28
+# %% ../nbs/27_export.ipynb #0db57ca3
 import copy
 import importlib.util
 import json
@@ -16,11 +16,9 @@ import logging
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +55,7 @@ from .run import find_solver
 from .run import from_words
 from .run import parameters
 from .run import place
+from .run import polite
 from .run import provenance
 from .run import read
 from .run import slim
@@ -751,44 +750,40 @@ def main(
     if not words or {"--help", "-h", "help"} & set(words):
         print(usage(way))
         return 0
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
     try:
-        if way == "export":
-            kinds = {f.name: f.type for f in fields(Export)}
-            job = make(Export, {k: parse(v, kinds.get(k)) for k, v in sorted_words(words, "run").items()})
-            pick("format", job.to, FORMATS)
-            run, guidance = Run.open(job.run), parse(job.guidance) if job.guidance else None
-            done = export(run, job.to, Path(job.out or f"{run.name}-{job.to}"), job.what, job.weights, job.license, solver=job.solver or None, steps=job.steps or None,
-                          grid=job.grid or None, head=job.head or None, guidance=guidance)
-            print(f"{done.folder}: {job.to}, {done.size / 1e6:.1f} MB, NFE {done.nfe}; 8 samples drawn with it differ from the run's by at most {done.difference:.1e} ({done.tolerance:.0e} is allowed)")
-        else:
-            given = sorted_words(words, "file")
-            file, name = Path(given.pop("file", "")), given.pop("as", "")
-            if not file.exists() or not file.name:
-                raise ValueError(f"there is no file or folder {str(file)[:200]!r} to import")
-            if (file / "card.json").is_file():
-                raise ValueError(f"{str(file)[:200]!r} is an export for people without the lab; of the exports only a hub folder comes back")
-            if not name:
-                raise ValueError("as = '' names no run; cudlab import FILE as=NAME, with data=... where the file is weights alone")
-            if (file / "config.json").is_file():
-                if given:
-                    raise ValueError(f"unknown parameter {next(iter(given))[:80]!r}{guess(next(iter(given)), ('as',))}; a folder that is a run takes as=NAME alone")
-                run = taken(file, name)
-                print(f"run {run.name}: {run.config.method} on {run.config.data}, step {run.step}, {run.verify()} files as they were saved")
-            elif "data" not in given:
-                raise ValueError("data = '' names no data set; a file of weights needs the one it shall be trained on, for example data=cifar10")
+        with polite():
+            if way == "export":
+                kinds = {f.name: f.type for f in fields(Export)}
+                job = make(Export, {k: parse(v, kinds.get(k)) for k, v in sorted_words(words, "run").items()})
+                pick("format", job.to, FORMATS)
+                run, guidance = Run.open(job.run), parse(job.guidance) if job.guidance else None
+                done = export(run, job.to, Path(job.out or f"{run.name}-{job.to}"), job.what, job.weights, job.license, solver=job.solver or None, steps=job.steps or None,
+                              grid=job.grid or None, head=job.head or None, guidance=guidance)
+                print(f"{done.folder}: {job.to}, {done.size / 1e6:.1f} MB, NFE {done.nfe}; 8 samples drawn with it differ from the run's by at most {done.difference:.1e} ({done.tolerance:.0e} is allowed)")
             else:
-                params = from_words([f"{k}={v}" for k, v in given.items()])
-                run = begun(file, name, params)
-                words = " ".join(f"{k}={v}" for k, v in ({"method": run.config.method} | given).items())
-                print(f"run {run.name}: step 0, first weights from {file.name} ({run.info['imported']['names']} names); train it: cudlab train name={run.name} {words}")
+                given = sorted_words(words, "file")
+                file, name = Path(given.pop("file", "")), given.pop("as", "")
+                if not file.exists() or not file.name:
+                    raise ValueError(f"there is no file or folder {str(file)[:200]!r} to import")
+                if (file / "card.json").is_file():
+                    raise ValueError(f"{str(file)[:200]!r} is an export for people without the lab; of the exports only a hub folder comes back")
+                if not name:
+                    raise ValueError("as = '' names no run; cudlab import FILE as=NAME, with data=... where the file is weights alone")
+                if (file / "config.json").is_file():
+                    if given:
+                        raise ValueError(f"unknown parameter {next(iter(given))[:80]!r}{guess(next(iter(given)), ('as',))}; a folder that is a run takes as=NAME alone")
+                    run = taken(file, name)
+                    print(f"run {run.name}: {run.config.method} on {run.config.data}, step {run.step}, {run.verify()} files as they were saved")
+                elif "data" not in given:
+                    raise ValueError("data = '' names no data set; a file of weights needs the one it shall be trained on, for example data=cifar10")
+                else:
+                    params = from_words([f"{k}={v}" for k, v in given.items()])
+                    run = begun(file, name, params)
+                    words = " ".join(f"{k}={v}" for k, v in ({"method": run.config.method} | given).items())
+                    print(f"run {run.name}: step 0, first weights from {file.name} ({run.info['imported']['names']} names); train it: cudlab train name={run.name} {words}")
     except KeyboardInterrupt:
         print("stopped; nothing was written", flush=True)
         return 3
     except Exception as e:
         return farewell(e)
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
     return 0

@@ -12,7 +12,7 @@ __all__ = ['METHODS', 'CODES', 'FREE', 'MEASURED', 'SIGNED', 'SEEN', 'USAGE', 'H
            'resume', 'kept', 'linked', 'put_aside', 'prune', 'flaw', 'way_back', 'go_back', 'conclude', 'tell', 'tidy',
            'train', 'leg', 'launch', 'best_of', 'RunInfo', 'state_of', 'recorded', 'look', 'runs', 'known',
            'differences', 'Job', 'arguments', 'given', 'parameters', 'keep_notebook', 'slim', 'from_words', 'Lasting',
-           'outlive', 'keys', 'work', 'main']
+           'polite', 'outlive', 'keys', 'work', 'main']
 
 # %% ../nbs/20_run.ipynb #e166985e
 import collections
@@ -1583,6 +1583,18 @@ class Lasting(io.FileIO):
             if self.job or isinstance(e, BrokenPipeError):
                 return len(data)
             raise
+
+
+@contextlib.contextmanager
+def polite():
+    "SIGTERM ends the work as Ctrl-C does."
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
+    try:
+        yield
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def outlive(
