@@ -12,8 +12,8 @@ import time
 import torch
 
 from cudlab.core import use_threads
-from cudlab.metrics import processor
 from cudlab.net import network
+from cudlab.run import processor
 
 BATCH, ROUNDS = 32, 7
 

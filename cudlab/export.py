@@ -662,7 +662,7 @@ def taken(
     with tempfile.TemporaryDirectory(prefix=".import-", dir=runs_path) as work:
         made = Path(work) / "made"
         made.mkdir()
-        commit(made, {n: verified(run.path, n) for n in json.loads(read(run.path, "MANIFEST.json"))["files"]}, {"step": run.step}, {})
+        commit(made, {n: verified(run.path, n) for n in run.files}, run.about, {})
         for extra in ("scores.jsonl", "train.ipynb"):
             if (run.path / extra).is_file():
                 shutil.copyfile(run.path / extra, made / extra)

@@ -8,10 +8,10 @@ __all__ = ['STUDENT', 'KEPT', 'FLOW', 'PROTOCOL', 'TIMED', 'usable', 'student', 
            'frechet_interval', 'frechet_limit', 'kernel_sums', 'kernel_weights', 'kernel_self', 'kernel_distance',
            'radii', 'inside', 'precision_recall', 'density_coverage', 'profiles', 'sliced', 'endpoint_error',
            'straightness', 'interval', 'Sampling', 'keep', 'reference_features', 'flow_of', 'reference_of', 'seen',
-           'processor', 'machine', 'reference_set', 'measure', 'comparable', 'plan', 'stored', 'curve', 'Remembered',
-           'sweep_part', 'sweep', 'Evaluation', 'evaluation', 'evaluate', 'summary']
+           'reference_set', 'measure', 'comparable', 'plan', 'stored', 'curve', 'Remembered', 'sweep_part', 'sweep',
+           'Evaluation', 'evaluation', 'evaluate', 'summary']
 
-# %% ../nbs/22_metrics.ipynb #9cee6c37
+# %% ../nbs/22_metrics.ipynb #62ceae41
 import concurrent.futures
 import dataclasses
 import functools
@@ -20,7 +20,6 @@ import importlib
 import math
 import multiprocessing
 import operator
-import platform
 import statistics
 import time
 from collections import deque
@@ -53,6 +52,7 @@ from .path import GRIDS
 from .run import Run
 from .run import clock
 from .run import find_solver
+from .run import machine
 from .run import runs
 from .solver import Trajectory
 from .solver import steps_for
@@ -547,27 +547,6 @@ def seen(
     "Whether the training looked through this extractor's features, or those of its family."
     family = lambda name: name.rsplit("-v", 1)[0]
     return family(extractor.name) in map(family, run.method.sees)
-
-# %% ../nbs/22_metrics.ipynb #001fbe97
-@functools.cache
-def processor() -> str:
-    "The model of the CPU."
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
-
-
-def machine(
-    device: torch.device, # where the samples are made
-    processes: int = 1, # that make them together
-) -> str:
-    "The GPU, or the CPU and the number of threads; of each process, if there are several."
-    threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else f"{device.type} of {processor()}"
-    return f"{processes} x {name}" if processes > 1 else name
 
 # %% ../nbs/22_metrics.ipynb #b86f0b65
 def reference_set(

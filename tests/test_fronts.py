@@ -226,10 +226,15 @@ def rows(folder: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def underway(terminal, folder: Path, after: int) -> int:
-    "Wait until a training has gone on for two steps; the step it is at."
+def log_of(folder: Path) -> int:
+    "Which file the log of a run is now: a training starts with a fresh copy, cut to its checkpoint."
+    return (folder / "metrics.jsonl").stat().st_ino if (folder / "metrics.jsonl").is_file() else 0
+
+
+def underway(terminal, folder: Path, after: int, log: int) -> int:
+    "Wait until a training has gone on for two steps beyond a checkpoint and the log before it; the step it is at."
     end = time.monotonic() + 100
-    while rows(folder) < after + 2:
+    while log_of(folder) == log or rows(folder) < after + 2:
         assert time.monotonic() < end and terminal.process.poll() is None, terminal.read()
         terminal.read()
         time.sleep(0.02)
@@ -259,8 +264,8 @@ def settled(folder: Path) -> Run:
 def test_every_stop_saves_the_step_it_is_at_and_the_same_command_goes_on(lab, tmp_path, front):
     folder, last = lab / "leg", 0
     for way, act in WAYS.items():
-        terminal = Terminal(command(front, tmp_path / "out.ipynb", **MOONS))
-        at = underway(terminal, folder, last)
+        log, terminal = log_of(folder), Terminal(command(front, tmp_path / "out.ipynb", **MOONS))
+        at = underway(terminal, folder, last, log)
         act(terminal, folder)
         late, code = rows(folder), terminal.wait(20 if (front, way) in UNHEARD else 60) # papermill may hang after Ctrl-C
         run = settled(folder)

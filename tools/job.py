@@ -206,6 +206,8 @@ def main(notebook: str, *args: str) -> int:
     worker = threading.Thread(target=work) # nbclient takes the signals of the main thread for itself, and gives a kernel 2.5 seconds
     worker.start()
     worker.join()
+    if stops:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN) # the second one of `timeout` may come on the way out
     run = result(out)
     status = subprocess.run([sys.executable, "-m", "cudlab.run", "adopt", run, str(out)]).returncode if run else 0
     error = failed[0] if failed else None
