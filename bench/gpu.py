@@ -182,7 +182,7 @@ def sampling(where: torch.device, small: bool) -> list:
     "Seconds for a set of MNIST samples and their features, in float32 as scores are measured, and in bfloat16."
     n, batch = (64, 32) if small else (50_000, 2000)
     net = network("mnist", SHAPES["mnist"]).to(where, memory_format=torch.channels_last).eval()
-    f, eyes, rows = Velocity(net), features("mnist-v1"), []
+    f, eyes, rows = Velocity(net), features("mnist-v2"), []
 
     def made(steps: int, dtype: torch.dtype) -> torch.Tensor:
         found = []

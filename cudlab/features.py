@@ -195,7 +195,7 @@ def folded(net: Classifier) -> Classifier:
     return net.to(memory_format=torch.channels_last)
 
 # %% ../nbs/06_features.ipynb #d4d1a46c
-CLASSIFIERS = {"digits-v1": "dbcacab2", "digits-v2": "4183e372", "mnist-v1": "ccabcae9", "fashion-v1": "2398a3bb"}
+CLASSIFIERS = {"digits-v1": "dbcacab2", "digits-v2": "4183e372", "mnist-v1": "ccabcae9", "mnist-v2": "b7452655", "fashion-v1": "2398a3bb", "fashion-v2": "f7a8fec4"}
 
 
 def classifier(
@@ -369,5 +369,5 @@ def default_features(
     channels: int = 3, # of its pictures
 ) -> str:
     "The name of the feature space made for a data set."
-    made = {"digits": "digits-v2", "mnist": "mnist-v1", "fashion_mnist": "fashion-v1"} | dict.fromkeys(POINTS, "points")
+    made = {"digits": "digits-v2", "mnist": "mnist-v2", "fashion_mnist": "fashion-v2"} | dict.fromkeys(POINTS, "points")
     return made.get(data_name, "pixels-8" if channels == 1 else "pixels-8-rgb")

@@ -7,11 +7,11 @@ __all__ = ['STUDENT', 'KEPT', 'FLOW', 'PROTOCOL', 'TIMED', 'usable', 'student', 
            'gaussian_distance', 'Reference', 'pair', 'frechet', 'Moments', 'moments', 'frechet_jackknife',
            'frechet_interval', 'frechet_limit', 'kernel_sums', 'kernel_weights', 'kernel_self', 'kernel_distance',
            'radii', 'inside', 'precision_recall', 'density_coverage', 'profiles', 'sliced', 'endpoint_error',
-           'straightness', 'interval', 'Sampling', 'keep', 'reference_features', 'flow_of', 'reference_of', 'seen',
-           'reference_set', 'measure', 'comparable', 'plan', 'stored', 'curve', 'Remembered', 'sweep_part', 'sweep',
-           'Evaluation', 'evaluation', 'evaluate', 'summary']
+           'straightness', 'nearest', 'remembered', 'operations', 'interval', 'Sampling', 'keep', 'reference_features',
+           'flow_of', 'reference_of', 'seen', 'reference_set', 'measure', 'comparable', 'plan', 'stored', 'curve',
+           'Remembered', 'sweep_part', 'sweep', 'Evaluation', 'evaluation', 'evaluate', 'summary']
 
-# %% ../nbs/22_metrics.ipynb #62ceae41
+# %% ../nbs/22_metrics.ipynb #5986a2bc
 import concurrent.futures
 import dataclasses
 import functools
@@ -32,6 +32,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from .core import Args
 from .core import Rng
@@ -48,8 +51,10 @@ from .features import OPENED
 from .features import Extractor
 from .features import default_features
 from .features import features
+from .net import Velocity
 from .path import GRIDS
 from .run import Run
+from .run import build
 from .run import clock
 from .run import find_solver
 from .run import machine
@@ -419,6 +424,54 @@ def straightness(
 ) -> float:
     "Mean squared deviation of the velocity from the chord, per element; 0 is a straight road (2209.03003)."
     return traj.straightness.double().mean().item()
+
+# %% ../nbs/22_metrics.ipynb #83efd0aa
+def nearest(
+    x: Tensor, # pictures, (n, *S)
+    data: Data, # where to look
+    block: int = 2000, # samples of `data` at a time
+) -> tuple:
+    "The nearest samples of `data`: their index, (n,), and how far they are, root mean square over the elements, (n,)."
+    best, found = torch.full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.long)
+    rows = x.flatten(1).cpu().float()
+    for at in range(0, len(data), block):
+        gap, index = torch.cdist(rows, data.take(slice(at, min(at + block, len(data))))[0].flatten(1).cpu().float()).min(1)
+        closer = gap < best
+        best, found = torch.where(closer, gap, best), torch.where(closer, at + index, found)
+    return found, best / rows.shape[1] ** 0.5
+
+
+def remembered(
+    x: Tensor, # samples, (n, *S)
+    data: Data, # the training split
+    fresh: Tensor, # pictures of the same kind that were not trained on, (m, *S)
+) -> float:
+    "Share of the samples that lie nearer to the training data than 95 % of fresh pictures do."
+    return (nearest(x, data)[1] < nearest(fresh, data)[1].quantile(0.05)).float().mean().item()
+
+# %% ../nbs/22_metrics.ipynb #c16d6810
+def operations(
+    run: Run,
+    ticks: int = 16, # steps of training that are counted: what a method does every so often is in them
+    batch: int = 4,
+) -> dict:
+    "Floating-point operations for each sample: `call`, of a network call; `train`, of a step of training. What is made before the first step, as pairs are, does not count."
+    net, x, t = run.net(device="cpu"), torch.zeros(batch, *run.shape), torch.full((batch,), 0.5)
+    config = dataclasses.replace(run.config, batch=batch, dtype="float32", compile=False, args=run.config.args | ({"pairs": 64} if hasattr(run.method, "pairs") else {}))
+    if run.method.product == "net":
+        objective, data = build(config, "cpu")
+        steps = objective.fit(data, config)
+        next(steps)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        Velocity(net, torch.zeros(batch, dtype=torch.long) if run.config.classes else None)(x, t)
+    found = {"call": counter.get_total_flops() / batch, "train": math.nan}
+    if run.method.product == "net":
+        ticks = min(ticks, run.length - 1)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            for _ in range(ticks):
+                next(steps)
+        found["train"] = counter.get_total_flops() / batch / ticks if ticks else math.nan
+    return found
 
 # %% ../nbs/22_metrics.ipynb #85dc81a4
 def interval(
