@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("distributed")
 psutil = pytest.importorskip("psutil")
 
+import cudlab.run  # noqa: E402
 from cudlab.run import Run  # noqa: E402
 from cudlab.sweep import Row  # noqa: E402
 from cudlab.sweep import follow  # noqa: E402
@@ -277,3 +278,68 @@ def test_a_name_that_another_configuration_has_is_refused(lab, capsys):
     assert finish(start(grid(lab, {"train": {"data": "moons", "steps": 3, "batch": 8, "name": "x"}})))[0] == 0
     assert main([grid(lab, {"train": {"data": "moons", "steps": 4, "batch": 8, "name": "x"}})]) == 2
     assert "job 1: run 'x' exists with steps = 3" in capsys.readouterr().err
+
+
+# One job after another
+
+BLOCKED = """
+import sys
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"dask", "distributed", "psutil", "papermill", "fsspec", "nbformat", "plotly", "gradio"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Bare())
+from cudlab.sweep import main
+sys.exit(main(sys.argv[1:]))
+"""
+ROW = {"train": {"data": "moons", "steps": 30, "batch": 32}, "jobs": [{"name": "a", "method": "rf"}, {"name": "b", "method": "reflow", "args.teacher": "a", "args.pairs": 64}, {"name": "c", "method": "cud"}],
+       "evaluate": {"nfes": "2", "solvers": "euler", "n": 64}}
+
+
+def test_here_needs_neither_dask_nor_papermill_and_makes_the_same_weights(lab):
+    done = subprocess.run([sys.executable, "-c", BLOCKED, grid(lab, ROW | {"notebooks": "auto"}), "here"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    heads = list(dict.fromkeys(line.split(": ")[0] for line in done.stdout.splitlines()))
+    assert heads[:6] == ["a", "a.evaluate", "b", "b.evaluate", "c", "c.evaluate"] and "6 done" in heads[-1] + done.stdout.splitlines()[-1]
+    assert cudlab.run.main(["train", "name=alone", "data=moons", "steps=30", "batch=32", "method=cud"]) == 0
+    assert (lab / "runs" / "alone" / "ema.safetensors").read_bytes() == (lab / "runs" / "c" / "ema.safetensors").read_bytes()
+    assert {r.state for r in rows(read(str(lab / "grid.json")))} == {"done"} and len(list(run(read(str(lab / "grid.json"))))) == 1
+
+
+def test_here_goes_on_in_legs_and_stops_at_a_signal(lab):
+    file, steps = grid(lab, {"train": {"data": "moons", "steps": 300_000, "batch": 32}, "jobs": [{"name": "long", "method": "rf"}]}), []
+    for way in ("minutes=0.1", ""):
+        process = start(file, "here", *[way] * bool(way))
+        if not way:
+            wait_for(lambda: (lab / "runs" / "long" / "progress.json").is_file() and "running" in str(rows(read(file))[0]), process)
+            process.terminate()
+        code, out, err = finish(process)
+        assert code == 3 and "the same command continues it" in out, (code, out, err)
+        assert Run(lab / "runs" / "long").verify() >= 4 and rows(read(file))[0].state == "stopped"
+        steps.append(Run(lab / "runs" / "long").step)
+    assert 0 < steps[0] < steps[1]
+
+
+def test_here_a_failure_spoils_only_its_students_and_only_takes_a_part(lab, capsys):
+    content = ROW | {"jobs": [{"name": "a", "method": "rf"} | {k: v for k, v in WILD.items() if k in ("lr", "clip")} | {"name": "wild", "method": "cud", "args.w2": 1e38, "steps": 200},
+                              {"name": "pupil", "method": "reflow", "args.teacher": "wild", "args.pairs": 64}, {"name": "c", "method": "cud"}, {"name": "d", "method": "cud", "seed": 1}]}
+    file = grid(lab, content)
+    assert main([file, "here", "only=pupil,c"]) == 1
+    states = {r.job: (r.state, r.code) for r in rows(read(file))}
+    assert states["wild"] == ("failed", 4) and states["pupil"][0] == "failed" and states["c"] == states["c.evaluate"] == ("done", 0) and states["d"][0] == "waiting", states
+    for words, told in ((["only=pupl"], "did you mean 'pupil'"), (["here", "workers=2"], "workers = 2"), (["here", "scheduler=tcp://x:1"], "scheduler"), (["here", "cluster=slurm", "slurm.cores=1", "slurm.memory=1GB", "workers=1"], "cluster"),
+                        (["here", "minutes=-1"], "minutes = -1")):
+        assert main([file, *words]) == 2
+        assert told in capsys.readouterr().err, words
+
+
+def test_minutes_stop_a_sweep_on_dask(lab):
+    file = grid(lab, {"train": {"data": "moons", "steps": 300_000, "batch": 32}, "jobs": [{"name": "long", "method": "rf"}]})
+    code, out, err = finish(start(file, "workers=1", "minutes=0.15"))
+    assert code == 3 and rows(read(file))[0].state in ("stopped", "waiting"), (out, err)
+
+
+def test_the_order_of_the_file_is_kept_where_it_can_be(lab):
+    jobs = [{"name": "late", "method": "reflow", "args.teacher": "early", "args.pairs": 64}, {"name": "z", "method": "cud"}, {"name": "early", "method": "rf"}, {"name": "a", "method": "rf", "seed": 3}]
+    tasks = read(grid(lab, ROW | {"jobs": jobs, "evaluate": [{"run": "z", "nfes": "2", "n": 64}, {"nfes": "1", "n": 64}]})).tasks
+    assert list(tasks) == ["z", "z.evaluate", "z.evaluate-2", "early", "early.evaluate-2", "late", "late.evaluate-2", "a", "a.evaluate-2"]
