@@ -95,6 +95,8 @@ def settled(solver: Solver, run: Run, amount=None, wanted: dict = None) -> list:
         wanted = {"amount": run.own["steps"]} | wanted
     if run.heads == 1:
         held = {"head": 1} | held
+    if len(run.weights) == 1: # a run that was cut to what samples need
+        held = {"weights": run.weights[0]} | held
     more = {"head": dict(maximum=max(run.heads, 2)), "guidance": dict(visible=bool(labels(run)) and not run.fixed)}
     value = lambda key: {"value": held[key]} if key in held else {"value": wanted[key]} if key in wanted else {}
     return [gr.update(interactive=key not in held, **value(key), **more.get(key, {})) for key in BOUND]

@@ -153,9 +153,9 @@ def opened(name) -> Run:
 
 
 def preferred(wanted: str = "") -> str:
-    "The run a page opens with: the one wanted, else your newest that is finished, else one that ships, else one under way; None if there is none."
+    "The run a page opens with: the one wanted, else your newest that is finished, else one that ships, on full-size pictures if there is one, else one under way; None if there is none."
     good = [r for r in listed() if not r.damaged]
-    rank = lambda r: (r.name != wanted, not r.step, r.step < r.steps, r.shipped and r.method != "cud", r.shipped and r.data in POINTS)
+    rank = lambda r: (r.name != wanted, not r.step, r.step < r.steps, r.shipped and r.method != "cud", r.shipped and r.data in (*POINTS, "digits"), r.shipped and r.data in POINTS)
     return min(good, key=rank).name if good else None
 
 
