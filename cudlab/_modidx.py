@@ -636,6 +636,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cudlab.sweep.follow': ('sweep.html#follow', 'cudlab/sweep.py'),
                               'cudlab.sweep.grid': ('sweep.html#grid', 'cudlab/sweep.py'),
                               'cudlab.sweep.here': ('sweep.html#here', 'cudlab/sweep.py'),
+                              'cudlab.sweep.home_of': ('sweep.html#home_of', 'cudlab/sweep.py'),
                               'cudlab.sweep.last': ('sweep.html#last', 'cudlab/sweep.py'),
                               'cudlab.sweep.left_behind': ('sweep.html#left_behind', 'cudlab/sweep.py'),
                               'cudlab.sweep.left_out': ('sweep.html#left_out', 'cudlab/sweep.py'),

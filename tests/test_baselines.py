@@ -7,6 +7,7 @@ import pytest
 from cudlab.data import load
 from cudlab.run import Run
 from cudlab.run import parameters
+from cudlab.sweep import finished
 from cudlab.sweep import read
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,8 @@ def test_a_job_file_can_be_run_here_in_legs(file, tmp_path, monkeypatch):
     except ValueError as e:
         pytest.skip(str(e))
     sweep = read(str(file), ["minutes=9"])
+    for task in sweep.tasks.values(): # what ships need not be trained again
+        assert (Path(task.folder).parent == ROOT / "checkpoints") == (ROOT / "checkpoints" / Path(task.folder).name).is_dir() and finished(task) in (False, Path(task.folder).parent == ROOT / "checkpoints")
     trainings = [task.name for task in sweep.tasks.values() if task.kind == "train"]
     assert sorted(trainings) == sorted(job["name"] for job in content["jobs"])
     assert list(sweep.tasks)[:2] == [trainings[0], f"{trainings[0]}.evaluate"] and trainings[0].endswith("-rf") and trainings[1].endswith("-cud")

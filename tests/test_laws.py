@@ -41,7 +41,7 @@ def test_every_kind_of_run_ships():
 @pytest.mark.parametrize("folder", SHIPPED, ids=[p.name for p in SHIPPED])
 def test_shipped_runs_are_whole_small_and_measured(folder):
     run = Run(folder)
-    assert run.verify() == 4 and run.step == run.length and run.scores and run.metrics
+    assert run.verify() == (4 if "raw" in run.weights else 3) and run.step == run.length and run.scores and run.metrics
     assert sum(p.stat().st_size for p in folder.iterdir()) < 8_000_000 # progressive distillation keeps its last teacher
     assert run.name in (folder.parent / "README.md").read_text()
 
@@ -54,7 +54,10 @@ def test_a_sample_does_not_depend_on_its_company(folder, solver):
     company = run.solve(seed=3, index=16, steps=steps, solver=solver, y=y)
     alone = run.solve(seed=3, index=torch.tensor([5]), steps=steps, solver=solver, y=None if y is None else y[5:6])
     reach = max(1, company.xs.abs().max().item()) # two moves are too few for Runge-Kutta in eps: the states leave the data by orders of magnitude
-    torch.testing.assert_close(alone.x[0], company.x[5], rtol=0, atol=2e-2 if solver == "rk45" else 1e-4 * reach)
+    if solver == "rk45": # whose next step hangs on rounding
+        assert (alone.x[0] - company.x[5]).square().mean().sqrt() < 5e-3
+    else:
+        torch.testing.assert_close(alone.x[0], company.x[5], rtol=0, atol=1e-4 * reach)
     if SOLVERS[solver].calls:
         assert company.nfe == SOLVERS[solver].calls(steps)
 
