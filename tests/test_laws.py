@@ -54,10 +54,10 @@ def test_a_sample_does_not_depend_on_its_company(folder, solver):
     company = run.solve(seed=3, index=16, steps=steps, solver=solver, y=y)
     alone = run.solve(seed=3, index=torch.tensor([5]), steps=steps, solver=solver, y=None if y is None else y[5:6])
     reach = max(1, company.xs.abs().max().item()) # two moves are too few for Runge-Kutta in eps: the states leave the data by orders of magnitude
-    if solver == "rk45": # whose next step hangs on rounding
+    if solver == "rk45" and run.shape[-1] > 8: # its next step hangs on rounding: with many pixels one of them may jump
         assert (alone.x[0] - company.x[5]).square().mean().sqrt() < 5e-3
     else:
-        torch.testing.assert_close(alone.x[0], company.x[5], rtol=0, atol=1e-4 * reach)
+        torch.testing.assert_close(alone.x[0], company.x[5], rtol=0, atol=2e-2 if solver == "rk45" else 1e-4 * reach)
     if SOLVERS[solver].calls:
         assert company.nfe == SOLVERS[solver].calls(steps)
 
