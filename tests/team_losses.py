@@ -1,6 +1,8 @@
 "Losses, gradient norms and end weights of some short trainings, printed by process 0; started alone or by torchrun (test_team.py)."
+import gc
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -20,3 +22,7 @@ with joined() as team:
         if team.rank == 0:
             rows = [{k: v.item() for k, v in (t.losses | {f"norm of {n}": g for n, g in t.grad_norm.items()}).items()} for t in ticks]
             print(json.dumps({"losses": rows, "weights": weights}), flush=True)
+del objective, ticks
+gc.collect()
+threads = [name for task in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := task.read_text())]
+assert not threads, f"the team is over and its threads are not: {threads}; at the interpreter's end they may abort the process"
