@@ -412,7 +412,7 @@ def joined(
     if team().size > 1 or not size.isdecimal() or int(size) < 2:
         yield team()
         return
-    from torch.distributed.nn import functional # noqa: F401  its defaults hold the group that stands at its first import, beyond that group's end: import it before
+    from torch.distributed.nn import functional  # noqa: F401  its defaults hold the group that stands at its first import, beyond that group's end: import it before
     where = device()
     if where.type == "cuda":
         torch.cuda.set_device(where)
