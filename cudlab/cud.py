@@ -31,7 +31,7 @@ def draw(
     heads: int, # number of heads
     floor: float, # smallest time of the continuous mode
 ) -> tuple:
-    "Times t and look-aheads h of a batch, both (n,)." # 2305.10769, methods.md 1.2
+    "Times t and look-aheads h of a batch, both (n,)." # 2305.10769
     if times == "discrete":
         t = (rng.integers("t", n, int(TN)) + 1) / TN
         return t, torch.floor(rng.uniform("h", n) * t * TN) / TN if rule == "uniform" and heads == 1 else torch.full_like(t, 1 / TN)
@@ -60,7 +60,7 @@ def nodes(
     heads: int, # 1, 2 or 3
     tableau: str, # "corrected" or "faithful"
 ) -> list:
-    "States at t - h, ..., t - heads h on the network's own trajectory." # 2305.10769, methods.md 1.3
+    "States at t - h, ..., t - heads h on the network's own trajectory." # 2305.10769
     d, right = expand(h, x), tableau == "corrected"
     if heads == 1:
         return [x - d * k1]
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
     def forward(self, x0: Tensor, n: Tensor) -> tuple:
         "Noise for x0 made from n ~ N(0, I), (B, *S), and its KL divergence from N(0, I) per dimension."
         mu, logvar = self.net(x0, torch.ones(len(x0), device=x0.device)).chunk(2, 1)
-        return mu + torch.exp(logvar / 2) * n, 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean() # 2305.10769, methods.md 1.7
+        return mu + torch.exp(logvar / 2) * n, 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean() # 2305.10769
 
 # %% ../nbs/11_cud.ipynb #85c720a4
 @dataclass
@@ -138,7 +138,7 @@ class CUD(Objective):
             raise ValueError("w1 = 0 and w2 = 0 leave nothing to learn; give at least one a positive weight")
 
     def weights(self, step: int) -> tuple:
-        "(w1, w2) at a training step." # 2305.10769, methods.md 1.4
+        "(w1, w2) at a training step." # 2305.10769
         if self.adaptive:
             done = step / self.steps
             done = min(done, self.ratio_cap / (1 + self.ratio_cap))
@@ -164,7 +164,7 @@ class CUD(Objective):
         return [torch.where(expand((t - r >= low - 1e-6) & (h > 0), g), T, g) for T, r in zip(found, reach)]
 
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
-        "Both regressions of every head, and the encoder's KL where there is one." # 2305.10769, methods.md 1.14
+        "Both regressions of every head, and the encoder's KL where there is one." # 2305.10769
         n = len(x0)
         eps, kl = rng.normal("eps", n, x0.shape[1:]), 0.0
         if self.coupling:

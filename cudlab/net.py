@@ -175,7 +175,7 @@ def shake(
 ) -> Tensor:
     "Deep and skip features side by side, re-weighted by Prior ShakeDrop, (B, C + C', H, W)."
     phi = expand(phi0 + t * (1 - 2 * phi0), h).to(h.dtype)
-    return torch.cat([2 * phi * h, 2 * (1 - phi) * skip], 1) # 2305.10769, methods.md 1.6
+    return torch.cat([2 * phi * h, 2 * (1 - phi) * skip], 1) # 2305.10769
 
 # %% ../nbs/03_net.ipynb #8c03d546
 class UNet(nn.Module):

@@ -272,7 +272,7 @@ def textbook_rule(nodes: list, s: Level, path: Path, kind: str = "eps") -> list:
 
 
 def momentum_rule(nodes: list, s: Level, path: Path, share: float = 0.1) -> list:
-    "A running mean of the velocity: `share` of the old mean, the rest new (methods.md 1.10)."
+    "A running mean of the velocity: `share` of the old mean, the rest new, as Catch-Up Distillation's public sampler offers it (2305.10769)."
     gain = transfer("v", nodes[0][0], s)[1]
     weights = [gain * (1 - share) * share**j for j in range(len(nodes))]
     return [*weights[:-1], gain * share ** (len(nodes) - 1)]
