@@ -80,6 +80,10 @@ class Objective(Args):
         "The loss of each player on data x0 (B, *S) with labels y (B,) or None; the same tensor for players that share it."
         raise NotImplementedError
 
+    def prepare(self, data, config: Config) -> Iterator[str]:
+        "What `fit` needs before its first step, if that takes long: made bit by bit, with a line after each."
+        return iter(())
+
     def fit(self, data, config: Config, state: dict = None) -> Iterator:
         "The training as an iterator of `Tick`: the loop below, unless a method has a better way than gradients."
         return fit(self, data, config, state)

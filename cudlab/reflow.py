@@ -43,14 +43,19 @@ class Pairs:
         device: str = "cpu",
         path: Path = linear,
     ):
-        self.shape, self.seed, self.device, self.classes = tuple(shape), seed, device, classes
-        ts, ends = grid("uniform", moves, path, SOLVERS[solver].finite), []
-        with torch.no_grad():
-            for first in range(0, count, 1000):
-                index = torch.arange(first, min(first + 1000, count), device=device)
-                traj = solve(flow(self.labels(index)), self.noise(index), ts, solver, path)
-                hats = traj.x0_hats if min(targets) < moves else None
-                ends.append(torch.stack([traj.x if i == moves else hats[i] for i in targets], 1))
+        self.flow, self.shape, self.count, self.seed, self.targets, self.moves = flow, tuple(shape), count, seed, targets, moves
+        self.solver, self.classes, self.device, self.path, self.ends = solver, classes, device, path, None
+
+    def make(self) -> Iterator[int]:
+        "Walk the teacher's flow, some hundred noises at a time; yields how many pairs there are."
+        ts, ends = grid("uniform", self.moves, self.path, SOLVERS[self.solver].finite), []
+        for first in range(0, self.count, 256):
+            index = torch.arange(first, min(first + 256, self.count), device=self.device)
+            with torch.no_grad():
+                traj = solve(self.flow(self.labels(index)), self.noise(index), ts, self.solver, self.path)
+                hats = traj.x0_hats if min(self.targets) < self.moves else None
+                ends.append(torch.stack([traj.x if i == self.moves else hats[i] for i in self.targets], 1))
+            yield first + len(index)
         self.ends = torch.cat(ends)
 
     def noise(self, index: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ class Pairs:
         return index % self.classes if self.classes else None
 
     def batch(self, seed: int, step: int, n: int, start: int = 0, total: int = None) -> tuple:
-        index = Rng(seed, step, self.device, start).integers("pair", n, len(self.ends))
+        index = Rng(seed, step, self.device, start).integers("pair", n, self.count)
         return torch.cat([self.noise(index)[:, None], self.ends[index]], 1), self.labels(index)
 
 # %% ../nbs/15_reflow.ipynb #d6858f54
@@ -75,6 +80,8 @@ class Reflow(Student):
     times: str = spec("uniform", "distribution of training times", choices=("uniform", "logitnormal"))
     t_min: float = spec(1e-5, "smallest training time", above=0, high=0.1)
 
+    store = None # the pairs, once they are made
+
     def check(self, config: Config) -> None:
         super().check(config)
         if not pick("solver", self.solver, SOLVERS).order:
@@ -83,11 +90,19 @@ class Reflow(Student):
     def sampling(self) -> dict:
         return {"solver": "euler", "steps": 4, "grid": "uniform"}
 
-    def fit(self, data, config: Config, state: dict = None) -> Iterator:
-        "First the pairs, then the loop."
+    def prepare(self, data, config: Config) -> Iterator[str]:
+        "The pairs."
         classes = len(data.classes) if config.classes else 0
         where = next(self.net.parameters()).device
-        return fit(self, Pairs(self.flow, self.net.shape, self.pairs, config.seed, self.wanted(), self.moves, self.solver, classes, where, self.path), config, state)
+        self.store = Pairs(self.flow, self.net.shape, self.pairs, config.seed, self.wanted(), self.moves, self.solver, classes, where, self.path)
+        for made in self.store.make():
+            yield f"{made:,} of {self.pairs:,} pairs of noise and the teacher's end points"
+
+    def fit(self, data, config: Config, state: dict = None) -> Iterator:
+        "The loop on the pairs."
+        if self.store is None:
+            list(self.prepare(data, config))
+        return fit(self, self.store, config, state)
 
     def wanted(self) -> tuple:
         "Which targets the pairs have."

@@ -1297,6 +1297,10 @@ def leg(
     ticked, last_tick, told = collections.deque([time.perf_counter()], 101), None, -1.0
     pace = lambda: (ticked[-1] - ticked[0]) / max(1, len(ticked) - 1) # seconds a step, whoever waits for whom
 
+    def agreed(why):
+        who = crew.most(crew.rank + 1 if why else 0) if crew.size > 1 else 0
+        return why or (f"process {who - 1}" if who else "")
+
     def beat(step):
         text = json.dumps({"step": step, "of": length, "pid": os.getpid(), "seconds": pace()})
         with contextlib.suppress(OSError): # what only readers miss is no reason to stop
@@ -1317,6 +1321,13 @@ def leg(
 
     if crew.rank == 0:
         beat(first)
+    said = time.perf_counter()
+    for line in objective.prepare(data, config):
+        if time.perf_counter() - said > 5:
+            said = time.perf_counter()
+            yield line
+        if why := agreed(reason()):
+            raise Stopped(f"stopped by {why} before step {first + 1} of {length}; the same command continues it")
     for tick in objective.fit(data, config, state):
         last_tick = tick
         ticked.append(time.perf_counter())
@@ -1333,9 +1344,7 @@ def leg(
             speed = tick.note or f"{config.batch / pace():7,.0f} img/s"
             left = f"  ETA {clock(pace() * (length - tick.step))}" if tick.step > first + 1 else "" # the first step does what is done once
             yield f"step {tick.step:>6}/{length}  {losses}  {speed}{left}"
-        why = reason() or ("its time limit" if minutes and time.perf_counter() - began > 60 * minutes else "") or (f"until = {until}" if tick.step == until else "")
-        if crew.size > 1 and (who := crew.most(crew.rank + 1 if why else 0)):
-            why = why or f"process {who - 1}"
+        why = agreed(reason() or ("its time limit" if minutes and time.perf_counter() - began > 60 * minutes else "") or (f"until = {until}" if tick.step == until else ""))
         if tick.step == length or why or any(every and tick.step % every == 0 for every in (config.save_every, config.keep_every)):
             if crew.rank == 0:
                 save(tick)

@@ -86,6 +86,17 @@ def test_a_signal_saves_and_ends_resumable(lab, sign):
     assert Run.open(runs_path(lab) / "signalled").step == run.step + 3
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_is_heard_while_the_pairs_are_made(lab, processes):
+    process = start(lab, "method=reflow", "args.pairs=50000000", "steps=100", "batch=16", f"processes={processes}", "name=early")
+    assert any(" of 50,000,000 pairs" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and "stopped by " in out and "before step 1 of 100; the same command continues it" in out, (out, err)
+    run = Run.open(runs_path(lab) / "early")
+    assert run.step == 0 and run.verify() and json.loads((run.path / "status.json").read_text())["status"] == "stopped"
+
+
 def test_a_stop_file_and_the_time_limit_end_a_job(lab):
     process = start(lab, *MANY, "name=stopped")
     until_step(process, 5)
