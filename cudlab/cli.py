@@ -20,29 +20,34 @@ from .run import main as run_main
 from .run import outlive
 from .run import polite
 
-# %% ../nbs/29_cli.ipynb #283d25ab
+# %% ../nbs/29_cli.ipynb #debf22b6
 def usage() -> str:
     "The help of `cudlab evaluate`."
     from cudlab.metrics import Evaluation
 
     lines = [f"  {f'{f.name}={f.default}':24} {f.metadata['help']}" for f in fields(Evaluation)]
-    return "\n".join(["usage: cudlab evaluate [key=value ...]   measure runs and write scores.jsonl into their folders; what is there is not measured again", *lines])
+    return "\n".join(["usage: cudlab evaluate [RUN ...] [key=value ...]   measure runs and write scores.jsonl into their folders; what is there is not measured again", *lines])
 
 
 def wanted(
-    words: list, # ["run=digits-rf digits-cud", "nfes=1 2 4"]
+    words: list, # ["digits-rf", "digits-cud", "nfes=1 2 4"], or ["run=digits-rf digits-cud", "nfes=1 2 4"]
 ):
     "The checked `Evaluation` of a command line."
     from cudlab.metrics import Evaluation
     from cudlab.metrics import evaluation
 
-    kinds, params = {f.name: f.type for f in fields(Evaluation)}, {}
+    kinds, params, named = {f.name: f.type for f in fields(Evaluation)}, {}, []
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word[:80]!r} is not key=value")
-        params[key] = parse(value, kinds.get(key))
-    return evaluation(params)
+        if equals:
+            params[key] = parse(value, kinds.get(key))
+        elif word in kinds:
+            raise ValueError(f"{word!r} is not key=value")
+        else:
+            named.append(word)
+    if named and "run" in params:
+        raise ValueError(f"run = {params['run']!r} and {' '.join(named)[:80]!r} both name runs; give one of them")
+    return evaluation(params | ({"run": " ".join(named)} if named else {}))
 
 # %% ../nbs/29_cli.ipynb #dd575a67
 def measured(

@@ -1701,7 +1701,7 @@ USAGE = """usage: cudlab train [key=value ...]     train or continue a run; keys
        cudlab restore RUN [STEP]        go back to a kept checkpoint: of that step, or the newest that is whole
        cudlab slim RUN FOLDER [DTYPE]   copy a finished run without its training state; its averaged weights alone as float16, bfloat16 or float32
        cudlab adopt RUN NOTEBOOK        put the executed notebook into the run's folder
-       cudlab evaluate [key=value ...]  measure runs: quality against network calls; keys: cudlab evaluate --help
+       cudlab evaluate RUN [key=value ...]  measure runs: quality against network calls; keys: cudlab evaluate --help
        cudlab sample RUN out=FOLDER     samples as files, on any number of processes; keys: cudlab sample --help
        cudlab sweep GRID.json           many trainings and evaluations; keys: cudlab sweep --help
        cudlab export RUN to=FORMAT      a run for people without the lab; keys: cudlab export --help

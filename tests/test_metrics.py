@@ -803,7 +803,7 @@ def test_the_exit_codes_of_the_command(moons, runs_path, capsys, monkeypatch):
     shutil.copytree(moons.path, runs_path / "broken")
     blob = (runs_path / "broken" / "ema.safetensors").read_bytes()
     (runs_path / "broken" / "ema.safetensors").write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
-    for words, code, says in ((["run=nobody"], 2, "unknown run"), (["nfe=3"], 2, "did you mean 'nfes'"), (["run"], 2, "not key=value"), (["n=many"], 2, "n = 'many'"),
+    for words, code, says in ((["run=nobody"], 2, "unknown run"), (["nfe=3"], 2, "did you mean 'nfes'"), (["run"], 2, "not key=value"), (["nobody"], 2, "unknown run"), (["digits-rf", "run=digits-cud"], 2, "both name runs"), (["n=many"], 2, "n = 'many'"),
                               (["run=broken", "n=60"], 5, "is damaged"), (["run=metrics-moons", "extractor=nothing"], 2, "unknown feature extractor")):
         assert cli.main(["evaluate", *words]) == code
         said = capsys.readouterr().err
