@@ -750,7 +750,9 @@ class Run:
         fill(modules, found, f"run {self.name!r}: {file}")
 
     def fresh(self) -> nn.Module:
-        "The run's network, untrained."
+        "What the run trains, untrained: its network, or the numbers of its solver."
+        if self.method.product == "solver":
+            return self.method.numbers(self.noise_path, self.shape)
         c = self.config
         count = len(self.classes) if c.classes else 0
         try:
@@ -819,7 +821,7 @@ class Run:
             raise ValueError(f"run {self.name!r} holds a network, not a solver")
         if self.step < self.length:
             raise ValueError(f"run {self.name!r} is a solver that is not fitted yet: batch {self.step} of {self.length}")
-        numbers = self.method.numbers(self.noise_path, self.shape)
+        numbers = self.fresh()
         self.load("ema", {"solver": numbers})
         return self.method.product_of(numbers, self.noise_path, made_for=self.info["teacher"] | {"head": self.method.head, "guidance": self.method.guidance, "denoise": True, "lower_order_final": None, "numbers": self.network_hash()})
 
@@ -859,7 +861,7 @@ class Run:
     ) -> Iterator[State]:
         "Walk from noise to samples, yielding every state; wrong choices raise before the first one."
         solver = self.own["solver"] if solver is None else solver
-        entry = find_solver(solver)
+        entry = self.solver() if self.method.product == "solver" and solver == self.name else find_solver(solver) # its folder may lie where no name finds it
         if why := self.refuses(solver=solver, steps=steps, grid=grid, denoise=denoise, guidance=guidance):
             raise ValueError(why)
         own = self.own | ({"steps": len(entry.ts) - 1, "grid": entry.grid} if entry.ts else {})
@@ -1611,7 +1613,7 @@ def slim(
     most: int = 15_000_000, # bytes of a file of such weights
 ) -> Run:
     "A copy without the training state, fit to be shipped: it samples and verifies but cannot be continued."
-    target = Path(target)
+    run, target = Run(run.path), Path(target) # as it is on disk
     if run.step < run.length:
         raise ValueError(f"run {run.name!r} is at step {run.step} of {run.length}; without its training state it could never be finished")
     if dtype and dtype not in ("float16", "bfloat16", "float32"):
@@ -1620,9 +1622,9 @@ def slim(
         raise ValueError(f"folder {str(target)!r} exists; name a new one")
     files = {name: verified(run.path, name) for name in ("config.json", "metrics.jsonl")}
     if dtype:
-        module = run.fresh() if run.method.product == "net" else run.method.numbers(run.noise_path, run.shape)
+        module = run.fresh()
         run.load("ema", {run.method.product: module})
-        tensors = {f"{run.method.product}.{k}": v.to(getattr(torch, dtype)).contiguous() for k, v in module.state_dict().items()}
+        tensors = {f"{run.method.product}.{k}": (v.to(getattr(torch, dtype)) if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}
         if not all(torch.isfinite(v).all() for v in tensors.values()):
             raise ValueError(f"dtype = {dtype!r} cannot hold the weights of run {run.name!r}; use dtype=bfloat16")
         files |= {f"ema{f'-{i}' * (i > 1)}.safetensors": safetensors.torch.save(part) for i, part in enumerate(parts(tensors, most), 1)}
@@ -1633,7 +1635,9 @@ def slim(
     for extra in ("scores.jsonl", "train.ipynb"):
         if (run.path / extra).is_file():
             shutil.copyfile(run.path / extra, target / extra)
-    return Run(target)
+    copy = Run(target)
+    copy.load("ema", {run.method.product: run.fresh()}) # it opens
+    return copy
 
 # %% ../nbs/20_run.ipynb #3e0d9b28
 def from_words(

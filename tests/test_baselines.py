@@ -38,6 +38,13 @@ def test_a_job_file_can_be_run_here_in_legs(file, tmp_path, monkeypatch):
             assert task.params["n"] == (5000 if file.stem.endswith("hour") else 50_000)
 
 
+@pytest.mark.parametrize("folder", sorted(f for f in (ROOT / "checkpoints").iterdir() if f.is_dir()), ids=lambda f: f.name)
+def test_every_run_that_ships_verifies_and_samples(folder):
+    run = Run(folder)
+    assert run.verify() and run.step == run.length
+    assert run.solve(index=2, steps=run.own["steps"], solver=run.own["solver"]).x.isfinite().all()
+
+
 @pytest.mark.skipif(not TOLD.is_file(), reason="no baseline ships yet")
 def test_every_number_of_the_baselines_was_measured_on_a_run_that_ships():
     told = json.loads(TOLD.read_text())

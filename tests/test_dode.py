@@ -21,6 +21,7 @@ from cudlab.run import Run
 from cudlab.run import create
 from cudlab.run import find_solver
 from cudlab.run import main
+from cudlab.run import slim
 from cudlab.run import train
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,13 @@ def test_a_learned_solver_is_nearer_to_the_flow_than_its_base():
     truth = teacher.solve(index=200, seed=5, steps=64, solver="heun").x
     ends = {name: endpoint_error(teacher.solve(index=200, seed=5, steps=4, solver=name).x, truth) for name in ("euler", run.name)}
     assert ends[run.name] < 0.7 * ends["euler"]
+
+
+@pytest.mark.parametrize("dtype", ["", "float32", "float16"])
+def test_a_learned_solver_that_was_cut_samples_the_same(dtype, tmp_path):
+    run = fitted()
+    copy = slim(run, tmp_path / "cut", dtype)
+    torch.testing.assert_close(copy.solve(index=3).x, run.solve(index=3).x, rtol=0, atol=1e-6 if dtype != "float16" else 5e-3)
 
 
 def test_the_run_samples_like_its_teacher_with_it():
