@@ -9,7 +9,7 @@ __all__ = ['USAGE', 'Options', 'Task', 'Sweep', 'flat', 'grid', 'training', 'stu
            'leg', 'dask_setup', 'cluster', 'remote', 'deliver', 'machine', 'begun', 'left_out', 'surroundings',
            'deadline', 'here', 'run', 'verdict', 'follow', 'main', 'stopping']
 
-# %% ../nbs/26_sweep.ipynb #2cdb85e7
+# %% ../nbs/26_sweep.ipynb #47df4d8d
 import collections
 import contextlib
 import hashlib
@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from .core import Args
+from .core import Damaged
 from .core import guess
 from .core import make
 from .core import parse
@@ -413,12 +414,18 @@ def row(
         elif there.status == "running":
             state, step = "running", live.get("step", step)
             seen["pace"] = Run(folder).config.batch / live["seconds"] if live.get("seconds") else None
-    if task.kind == "evaluate" and there and not there.damaged and there.status == "done":
-        with contextlib.suppress(ValueError, KeyError):
+    if task.kind == "evaluate" and there and (there.damaged or there.status == "done"):
+        try:
+            if there.damaged:
+                raise Damaged(there.damaged)
             step, of, best = measured(Run(folder), evaluation(task.params))
             seen["score"] = f"fd {best['fd']:.4g} at {best['nfe']:g}" if best else ""
             if of and step == of or known.get("code") == 0:
                 state, code = "done", 0
+        except Damaged as e:
+            why = why or str(e)
+        except (ValueError, KeyError): # a solver that is not fitted yet
+            pass
     if state == "done":
         why = known.get("lost", "")
     elif state in ("queued", "waiting") and (missing := [a for a in task.after if not finished(sweep.tasks[a])]):

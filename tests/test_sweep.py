@@ -1,6 +1,7 @@
 """Sweeps as real processes: killed workers, stops, failures, teachers, copies, other schedulers."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,3 +344,15 @@ def test_the_order_of_the_file_is_kept_where_it_can_be(lab):
     jobs = [{"name": "late", "method": "reflow", "args.teacher": "early", "args.pairs": 64}, {"name": "z", "method": "cud"}, {"name": "early", "method": "rf"}, {"name": "a", "method": "rf", "seed": 3}]
     tasks = read(grid(lab, ROW | {"jobs": jobs, "evaluate": [{"run": "z", "nfes": "2", "n": 64}, {"nfes": "1", "n": 64}]})).tasks
     assert list(tasks) == ["z", "z.evaluate", "z.evaluate-2", "early", "early.evaluate-2", "late", "late.evaluate-2", "a", "a.evaluate-2"]
+
+
+def test_the_plan_says_what_is_damaged(lab):
+    shipped = Path(cudlab.run.locate("digits-dode-euler5"))
+    for name, file in (("blunt", "ema.safetensors"), ("torn", "config.json")):
+        shutil.copytree(shipped, lab / "runs" / name)
+        data = (lab / "runs" / name / file).read_bytes()
+        (lab / "runs" / name / file).write_bytes(data[:-9])
+    (lab / "bad.json").write_text(json.dumps({"evaluate": [{"run": "blunt torn", "solvers": "euler", "nfes": "4"}]}))
+    table = rows(read(str(lab / "bad.json")))
+    assert [(r.job, r.state) for r in table] == [("blunt.evaluate", "waiting"), ("torn.evaluate", "waiting")], table
+    assert "ema.safetensors" in table[0].why and "config.json" in table[1].why, table
