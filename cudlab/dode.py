@@ -245,7 +245,7 @@ class DODE(Objective):
         unused = ("net", "dropout", "phi0", "steps", "batch", "lr", "warmup", "schedule", "clip", "ema", "label_dropout", "dtype", "compile")
         for f in fields(Config):
             if f.name in unused and getattr(config, f.name) != f.default:
-                raise ValueError(f"{f.name} = {getattr(config, f.name)!r} means nothing to method dode, which trains no network; its own arguments are moves, batches, samples and others")
+                raise ValueError(f"{f.name} = {getattr(config, f.name)!r} means nothing to method dode, which trains no network; use {f.name}={f.default}, its own arguments are moves, batches, samples and others")
         if not self.teacher:
             raise ValueError("teacher = '' names no run; a learned solver is fitted to the network of a finished run, for example teacher=digits-rf")
         if self.faithful and (self.fit_by, self.target) != ("greedy", "same"):

@@ -405,6 +405,7 @@ def test_other_scores_and_the_time_axis(app):
         chart, caption, _ = app.tradeoff.scores(["digits-run"], ["euler"], value, "wall time")
         assert "Protocol" in caption or "None of these scores" in caption, value
     assert "ms" in str(app.tradeoff.scores(["digits-run"], ["euler"], "fd", "wall time")[0].layout.xaxis.title.text)
+    assert ["other work on the machine" in app.tradeoff.scores(["digits-run"], ["euler"], "fd", axis)[1] for axis in ("wall time", "NFE")] == [True, False]
 
 
 def test_the_job_measures_the_same(app):

@@ -105,9 +105,10 @@ def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tupl
     seeds = ", ".join(str(s) for s in sorted({s.get("seed", 0) for s in have}))
     note = next((s["note"] for s in have if s.get("note")), "")
     left = next((f" {len(scores) - len(group)} scores are not on this axis: {html.escape(comparable(group[0], s))}." for s in scores if s not in group), "")
+    timed = " Times are those of the clock when each score was measured: other work on the machine lengthens them." if AXES[chart.axis] == "ms" else ""
     looked = html.escape(", ".join(sorted({s["run"] for s in have if s.get("seen")})))
     caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>. {bars}{f' {html.escape(note)}.' if note else ''}{left}"
-               f"{f' Trained through features of this family, so not judged by them: <b>{looked}</b>.' if looked else ''}</p>")
+               f"{f' Trained through features of this family, so not judged by them: <b>{looked}</b>.' if looked else ''}{timed}</p>")
     columns = ["run", "solver", "grid", "head", "steps", "nfe", *VALUES, "reference", "seen", "straightness", "ms", "seconds", "seed", "n", "weights", "extractor", "machine"]
     columns = [k for k in columns if any(s.get(k) is not None for s in have)]
     columns += [k for k in ("lower_order_final", "denoise") if any(s.get(k, plot.USUAL[k]) != plot.USUAL[k] for s in have)]
