@@ -264,7 +264,7 @@ class GDD(Student):
         fake = self.generate(z, y)
         with torch.autocast(x0.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
             regular = rng.step % self.lazy == 0 and self.gamma > 0
-            real = x0.detach().float().requires_grad_(regular)
+            real = x0.detach().float().requires_grad_(regular).clone() # no leaf: FlopCounterMode cannot watch a gradient of one
             seen = self.look(fake.float(), dim)
             loss = logistic(disc(seen, y), -1)
             on_fake, on_real = disc([[m.detach() for m in levels] for levels in seen], y), disc(self.look(real, bright), y)

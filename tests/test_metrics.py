@@ -45,6 +45,7 @@ from cudlab.metrics import frechet_limit
 from cudlab.metrics import interval
 from cudlab.metrics import kernel_distance
 from cudlab.metrics import measure
+from cudlab.metrics import operations
 from cudlab.metrics import plan
 from cudlab.metrics import precision_recall
 from cudlab.metrics import reference_features
@@ -863,3 +864,10 @@ def test_scores_are_a_table_for_pandas(moons):
         table = pandas.read_json(moons.path / "scores.jsonl", lines=True)
     assert len(table) == len(moons.scores) and {"fd", "fd_low", "kd", "density", "coverage", "nfe", "ms", "machine", "extractor_hash", "seed"} <= set(table.columns)
     assert table.fd.dtype == float
+
+
+@pytest.mark.parametrize("name, forwards", [("digits-rf", 3), ("digits-cud", 4), ("digits-final", 4), ("digits-boot", 7), ("digits-gdd-i", None)])
+def test_operations_are_counted_for_every_way_to_train(name, forwards):
+    counted = operations(Run.open(name)) # sixteen steps: a gradient penalty is among them
+    assert counted["call"] > 1e6
+    assert counted["train"] / counted["call"] == pytest.approx(forwards, abs=0.02) if forwards else counted["train"] > 4 * counted["call"]
