@@ -455,9 +455,9 @@ def main(argv: list = None) -> int:
     threading.Thread(target=warm, daemon=True).start()
     print(f"explorer ready at {address}  (Ctrl-C stops it)", flush=True)
     try:
-        page.block_thread()
+        threading.Event().wait()
     except KeyboardInterrupt:
-        pass
+        page.close(verbose=False) # ends the pages' heartbeats first; block_thread would wait five seconds for them
     return 0
 
 
