@@ -807,7 +807,8 @@ def start_server(env, *more, port=None):
     "The app as a process: (process, address, seconds until ready, what it printed)."
     port = port or free_port()
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, str(APP), "--port", str(port), *more], env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([sys.executable, str(APP), "--port", str(port), *more], env=os.environ | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # a shell's background jobs are deaf to it
     said = []
     for line in process.stdout:
         said.append(line.strip())
