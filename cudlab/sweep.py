@@ -414,10 +414,10 @@ def row(
         elif there.status == "running":
             state, step = "running", live.get("step", step)
             seen["pace"] = Run(folder).config.batch / live["seconds"] if live.get("seconds") else None
-    if task.kind == "evaluate" and there and (there.damaged or there.status == "done"):
+    if task.kind == "evaluate" and there and there.damaged:
+        why = why or there.damaged
+    elif task.kind == "evaluate" and there and there.status == "done":
         try:
-            if there.damaged:
-                raise Damaged(there.damaged)
             step, of, best = measured(Run(folder), evaluation(task.params))
             seen["score"] = f"fd {best['fd']:.4g} at {best['nfe']:g}" if best else ""
             if of and step == of or known.get("code") == 0:
