@@ -551,6 +551,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cudlab.run.tell': ('run.html#tell', 'cudlab/run.py'),
                             'cudlab.run.tidy': ('run.html#tidy', 'cudlab/run.py'),
                             'cudlab.run.train': ('run.html#train', 'cudlab/run.py'),
+                            'cudlab.run.unlike': ('run.html#unlike', 'cudlab/run.py'),
                             'cudlab.run.unpack_state': ('run.html#unpack_state', 'cudlab/run.py'),
                             'cudlab.run.verified': ('run.html#verified', 'cudlab/run.py'),
                             'cudlab.run.verify': ('run.html#verify', 'cudlab/run.py'),

@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'CODES', 'FREE', 'MEASURED', 'WEIGHTS', 'SIGNED', 'SEEN', 
            'hashed', 'put', 'swap', 'sync', 'settle', 'sealed', 'commit', 'opened', 'read', 'facts', 'contents',
            'signatures', 'vouched', 'verify', 'verified', 'processor', 'machine', 'provenance', 'run_name', 'is_run',
            'folders', 'locate', 'jsonl', 'same_protocol', 'fill', 'room', 'whole', 'gradless', 'find_solver', 'Run',
-           'locked', 'held', 'once', 'interruptible', 'count_of', 'clock', 'place', 'create', 'weights_of',
+           'locked', 'held', 'once', 'interruptible', 'count_of', 'clock', 'unlike', 'place', 'create', 'weights_of',
            'pack_state', 'unpack_state', 'resume', 'kept', 'linked', 'put_aside', 'prune', 'flaw', 'way_back',
            'go_back', 'conclude', 'tell', 'tidy', 'train', 'leg', 'launch', 'best_of', 'RunInfo', 'state_of',
            'recorded', 'look', 'runs', 'known', 'differences', 'Job', 'arguments', 'given', 'parameters',
@@ -968,7 +968,15 @@ def clock(seconds: float) -> str:
     "Seconds as m:ss."
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
-# %% ../nbs/20_run.ipynb #e3453f73
+# %% ../nbs/20_run.ipynb #4af55b64
+def unlike(
+    run: Run,
+    config: Config, # what to train
+) -> str:
+    "The first key in which the run is another training than this one, or ''; what may change between two legs does not count."
+    return next((f.name for f in fields(Config) if f.name not in FREE and getattr(run.config, f.name) != getattr(config, f.name)), "")
+
+
 def place(
     config: Config, # what to train
     name: str = "", # folder name; default: from the configuration
@@ -988,10 +996,8 @@ def place(
             run = Run(folder)
         except Damaged as e:
             raise Damaged(f"{e}{way_back(folder)}") from None
-        for f in fields(Config):
-            was, now = getattr(run.config, f.name), getattr(config, f.name)
-            if was != now and f.name not in FREE:
-                raise ValueError(f"run {name!r} exists with {f.name} = {was!r}, not {now!r}; choose another name=")
+        if key := unlike(run, config):
+            raise ValueError(f"run {name!r} exists with {key} = {getattr(run.config, key)!r}, not {getattr(config, key)!r}; choose another name=")
     return folder
 
 # %% ../nbs/20_run.ipynb #90d902cb

@@ -9,7 +9,7 @@ __all__ = ['USAGE', 'Options', 'Task', 'Sweep', 'flat', 'grid', 'training', 'stu
            'leg', 'dask_setup', 'cluster', 'remote', 'deliver', 'machine', 'begun', 'left_out', 'surroundings',
            'deadline', 'here', 'run', 'verdict', 'follow', 'main', 'stopping']
 
-# %% ../nbs/26_sweep.ipynb #47df4d8d
+# %% ../nbs/26_sweep.ipynb #de6aecea
 import collections
 import contextlib
 import hashlib
@@ -46,7 +46,6 @@ from .features import FEATURES
 from .features import default_features
 from .metrics import Evaluation
 from .metrics import evaluation
-from .run import FREE
 from .run import Run
 from .run import Stopped
 from .run import arguments
@@ -60,6 +59,7 @@ from .run import look
 from .run import parameters
 from .run import place
 from .run import slim
+from .run import unlike
 
 # %% ../nbs/26_sweep.ipynb #abfa75e3
 @dataclass
@@ -155,10 +155,8 @@ def home_of(
 ) -> Path:
     "The folder of a training: where it is trained, or where it ships with the lab, if that is this very training."
     lab = settings()
-    if name in folders() and not (lab.runs_path / name).exists():
-        same = {k: v for k, v in vars(Run(lab.checkpoints_path / name).config).items() if k not in FREE} == {k: v for k, v in vars(config).items() if k not in FREE}
-        if same:
-            return lab.checkpoints_path / name
+    if name in folders() and not (lab.runs_path / name).exists() and not unlike(Run(lab.checkpoints_path / name), config):
+        return lab.checkpoints_path / name
     return place(config, name)
 
 
