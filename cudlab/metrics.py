@@ -8,8 +8,8 @@ __all__ = ['STUDENT', 'KEPT', 'FLOW', 'PROTOCOL', 'TIMED', 'usable', 'student', 
            'frechet_interval', 'frechet_limit', 'kernel_sums', 'kernel_weights', 'kernel_self', 'kernel_distance',
            'radii', 'inside', 'precision_recall', 'density_coverage', 'profiles', 'sliced', 'endpoint_error',
            'straightness', 'nearest', 'remembered', 'operations', 'interval', 'Sampling', 'keep', 'reference_features',
-           'flow_of', 'reference_of', 'seen', 'reference_set', 'measure', 'comparable', 'plan', 'stored', 'curve',
-           'Remembered', 'sweep_part', 'sweep', 'Evaluation', 'evaluation', 'evaluate', 'summary']
+           'flow_of', 'reference_of', 'seen', 'reference_set', 'enough', 'measure', 'comparable', 'plan', 'stored',
+           'curve', 'Remembered', 'sweep_part', 'sweep', 'Evaluation', 'evaluation', 'evaluate', 'summary']
 
 # %% ../nbs/22_metrics.ipynb #5986a2bc
 import concurrent.futures
@@ -611,6 +611,17 @@ def reference_set(
     return keep(("reference", data.name, data.split, data.hash, extractor), lambda: Reference(reference_features(data, extractor, device)))
 
 
+def enough(
+    space: Extractor, # where a score is taken
+    dim: int, # its dimensions
+    count: int, # pictures there are
+    what: str, # how a message calls them
+) -> None:
+    "Refuse fewer pictures than a Fréchet distance needs."
+    if count <= dim:
+        raise ValueError(f"extractor = {space.name!r} has {dim} dimensions and {what} is too few for them: a Fréchet distance needs at least {dim + 1} samples and as much data")
+
+
 def measure(
     run: Run,
     extractor=None, # a name in FEATURES, package.module:attribute or an Extractor; default: the one made for the data
@@ -624,9 +635,8 @@ def measure(
     extractor = features(extractor or default_features(data.name, run.shape[0]))
     workers = team()
     real = reference_set(data, extractor, str(find_device())) if workers.rank == 0 else None
-    if real and min(what.n, len(real.f)) <= real.f.shape[1]:
-        few = f"n = {what.n}" if what.n <= real.f.shape[1] else f"the {len(real.f)} samples of data = {data.name!r}"
-        raise ValueError(f"extractor = {extractor.name!r} has {real.f.shape[1]} dimensions and {few} is too few for them: a Fréchet distance needs at least {real.f.shape[1] + 1} samples and as much data")
+    for count, words in ((what.n, f"n = {what.n}"), (len(real.f), f"the {len(real.f)} samples of data = {data.name!r}")) if real else ():
+        enough(extractor, real.f.shape[1], count, words)
     blocks = [torch.arange(at, min(at + what.batch, what.n)) for at in range(0, what.n, what.batch)]
     mine = slice(*workers.share(len(blocks)))
     own, done, count = sum(map(len, blocks[mine])), 0, min(128, what.n)
@@ -827,16 +837,20 @@ class Evaluation(Args):
     guidance: float = spec(1.0, "classifier-free guidance; 1 is none", low=0, high=100)
     extractor: str = spec("", "a name in FEATURES, or package.module:attribute; empty = the one made for the data")
 
+    def words(self, key: str) -> list:
+        "The words in one of the texts, each once."
+        return list(dict.fromkeys(getattr(self, key).replace(",", " ").split()))
+
     def whole(self, key: str, low: int) -> tuple:
         "The whole numbers in one of the texts."
-        words = getattr(self, key).replace(",", " ").split()
+        words = self.words(key)
         if not words or not all(w.isdigit() and int(w) >= low for w in words):
             raise ValueError(f"{key} = {getattr(self, key)!r} is not a row of whole numbers of at least {low}, for example '1 2 4 8'")
         return tuple(dict.fromkeys(map(int, words)))
 
     def targets(self) -> list:
         "The runs to measure; empty if none is named and none ships with the lab."
-        names = self.run.replace(",", " ").split() or [r.name for r in runs() if r.shipped and not r.damaged][:1]
+        names = self.words("run") or [r.name for r in runs() if r.shipped and not r.damaged][:1]
         found = [Run.open(name) for name in ([self.run] if Path(self.run).is_dir() and self.run else names)] # a folder's path may have spaces
         return list({run.path: run for run in found}.values())
 
@@ -851,7 +865,7 @@ class Evaluation(Args):
 
     def points(self, run: Run = None) -> list:
         "What is to be measured (on a run), one `Sampling` a point."
-        names = self.solvers.replace(",", " ").split() or ("euler", "ab2", *([run.own["solver"]] if run else []))
+        names = self.words("solvers") or ("euler", "ab2", *([run.own["solver"]] if run else []))
         same = {k: getattr(self, k) for k in ("n", "weights", "head", "grid", "lower_order_final", "denoise", "guidance")}
         found = [make(Sampling, same | dict(seed=seed, solver=solver, steps=steps)) for seed in self.whole("seeds", 0)
                  for solver, steps in plan(tuple(dict.fromkeys(names)), self.whole("nfes", 1), self.denoise)]
@@ -894,6 +908,8 @@ def evaluate(
             yield f"run {run.name}: step {run.step}, {len(points)} points of {job.n} samples, {space.name} ({space.hash})"
         if workers.rank == 0 and len(points) < len(wanted):
             yield f"{len(wanted) - len(points)} points left out: {next(why for what in wanted if (why := what.refused(run)))}"
+        if workers.rank == 0 and (idle := [name for name in job.words("solvers") if name not in {what.solver for what in wanted}]):
+            yield f"{', '.join(idle)} left out: no number of steps makes exactly {' or '.join(map(str, job.whole('nfes', 1)))} calls"
         for what, known, have in points:
             done += 1
             where = f"{done:>{len(str(total))}}/{total}  seed {what.seed}  {what.solver:9}{what.steps:>4} steps"

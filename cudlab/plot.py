@@ -6,7 +6,7 @@
 __all__ = ['INK', 'FAINT', 'COLOURS', 'DASHES', 'MARKS', 'TINTS', 'FRAMES', 'USUAL', 'TIMED', 'HIGHER', 'COSTS', 'frame',
            'decades', 'pixels', 'film', 'signed', 'encoded', 'band', 'speeds', 'moves', 'schedule', 'joined', 'extent',
            'plane', 'arrows', 'density', 'motion', 'endpoints', 'paths', 'line_name', 'unlike', 'spread', 'front',
-           'folding', 'tradeoff', 'quality', 'losses', 'training']
+           'folding', 'styles', 'tradeoff', 'quality', 'losses', 'training']
 
 # %% ../nbs/23_plot.ipynb #18e785a8
 import base64
@@ -478,6 +478,20 @@ def folding(
     marks = [0.0] + [sign * float(f"{m}e{e}") for sign in (-1, 1) for e in range(round(math.log10(unit)), math.ceil(math.log10(most)) + 1) for m in ((1, 3) if most < 1e3 * unit else (1,))]
     return unit, (np.arcsinh(np.sort(marks) / unit), [f"{m:g}" for m in np.sort(marks)])
 
+# %% ../nbs/23_plot.ipynb #75dc476d
+def styles(
+    scores: list, # score dicts
+) -> dict:
+    "Colour, dash and marker of each line: name -> (colour, dash, marker)."
+    owner = {line_name(s): str(s.get("run", "")) for s in scores}
+    how = {name: name.removeprefix(run) for name, run in owner.items()}
+    runs, ways = list(dict.fromkeys(owner.values())), list(dict.fromkeys(how.values()))
+    found = {}
+    for k, name in enumerate(owner):
+        i, j = (runs.index(owner[name]), ways.index(how[name])) if len(runs) > 1 < len(ways) else (k, k)
+        found[name] = COLOURS[i % 6], DASHES[(j + i // 6) % 6], MARKS[(i + 2 * (i // 6) + j // 6) % 6]
+    return found
+
 # %% ../nbs/23_plot.ipynb #4f64d941
 HIGHER = dict(fd=False, fd_inf=False, kd=False, sliced=False, endpoint=False, straightness=False, precision=True, recall=True, density=True, coverage=True)
 COSTS = dict(nfe="NFE (network calls per sample)", ms="solver time (ms per sample)")
@@ -513,14 +527,14 @@ def tradeoff(
         best = drawn[front(drawn[:, 0], drawn[:, 1], HIGHER[value])]
         fig.add_trace(go.Scatter(x=[*best[:, 0], drawn[:, 0].max()], y=put(np.append(best[:, 1], best[-1, 1])), name="Pareto front", mode="lines", hoverinfo="skip",
                                  line=dict(shape="hv", width=9, color="rgba(128, 134, 142, 0.28)")))
-    for k, name in enumerate(dict.fromkeys(line_name(s) for s in scores)):
+    for name, (colour, dash, symbol) in styles(scores).items():
         cost, mid, low, high = np.array([row[:4] for row in lines[name]], float).T
         low = low if share or unit or (mid <= 0).any() else np.maximum(low, mid / 100) # a log axis has no zero
         up, down = np.nan_to_num(put(high) - put(mid)), np.nan_to_num(put(mid) - put(low))
         fig.add_trace(go.Scatter(
             x=cost, y=put(mid), name=name, mode="lines+markers", text=[row[4] for row in lines[name]], hovertemplate="%{text}<extra></extra>", showlegend=True,
             error_y=dict(type="data", symmetric=False, array=np.maximum(up, 0), arrayminus=np.maximum(down, 0), thickness=1.2, width=3),
-            line=dict(color=COLOURS[k % 6], dash=DASHES[(k + k // 6) % 6], width=2), marker=dict(symbol=MARKS[(k + 2 * (k // 6)) % 6], size=8)))
+            line=dict(color=colour, dash=dash, width=2), marker=dict(symbol=symbol, size=8)))
     title = value if value in ("endpoint", "straightness") or not scores or not scores[0].get("extractor") else f"{value}@{scores[0]['extractor']}"
     where = [str(scores[0][key]) if key == "machine" else f"batch {scores[0][key]}" for key in ("machine", "batch") if axis == "ms" and scores and scores[0].get(key)]
     missing = len(given) - len(scores)

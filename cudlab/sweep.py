@@ -9,7 +9,7 @@ __all__ = ['USAGE', 'Options', 'Task', 'Sweep', 'flat', 'grid', 'training', 'stu
            'leg', 'dask_setup', 'cluster', 'remote', 'deliver', 'machine', 'begun', 'left_out', 'surroundings',
            'deadline', 'here', 'run', 'verdict', 'follow', 'main', 'stopping']
 
-# %% ../nbs/26_sweep.ipynb #de6aecea
+# %% ../nbs/26_sweep.ipynb #f4e83282
 import collections
 import contextlib
 import hashlib
@@ -44,7 +44,9 @@ from .core import settings
 from .core import spec
 from .features import FEATURES
 from .features import default_features
+from .features import features
 from .metrics import Evaluation
+from .metrics import enough
 from .metrics import evaluation
 from .run import Run
 from .run import Stopped
@@ -222,6 +224,9 @@ def evaluations(
                 folder = trained[name].folder if name in trained else str(locate(name)) if name in folders() else ""
                 if not folder:
                     raise ValueError(f"unknown run {name[:80]!r}{guess(name, [*trained, *folders()])}; it is neither there nor made by this sweep")
+                data = parameters(trained[name].params)[0].data if name in trained else look(Path(folder), False).data
+                space = features(job.extractor or default_features(data, 1))
+                enough(space, space.dim, job.n, f"n = {job.n}")
                 found[task] = Task(task, "evaluate", params | {"run": name} | ({"solvers": wanted} if wanted else {}), folder,
                                    tuple(dict.fromkeys(n for n in (name, *learned) if n in trained)))
         except ValueError as e:

@@ -170,6 +170,8 @@ def test_it_is_scored_like_any_solver():
     assert run.scores[0]["endpoint"] < run.scores[1]["endpoint"] and run.scores[0]["fd_low"] < run.scores[0]["fd"] < run.scores[0]["fd_high"]
     again = list(evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200))))
     assert sum("measured before" in line for line in again) == 3
+    fewer = list(evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="5", n=200))))
+    assert fewer[1] == "learned left out: no number of steps makes exactly 5 calls" and len(fewer) == 3
 
 
 @pytest.mark.parametrize("workers", [1, 2])

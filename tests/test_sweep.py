@@ -249,6 +249,7 @@ BAD = {
     "unknown data set": '{"train": {"data": "mnits"}}', "until": '{"train": {"until": 3}}', "unknown teacher": '{"train": {"method": "distill", "args.teacher": "nobody"}}',
     "waits for it in turn": '{"train": {"method": "distill"}, "jobs": [{"name": "a", "args.teacher": "b"}, {"name": "b", "args.teacher": "a"}]}',
     "must agree": '{"jobs": [{"name": "a", "method": "rf"}, {"name": "b", "method": "distill", "args.teacher": "a", "data": "moons"}]}',
+    "n = 30 is too few": '{"train": {"data": "digits"}, "evaluate": {"n": 30}}', "unknown feature extractor": '{"train": {"data": "digits"}, "evaluate": {"extractor": "inceptoin"}}',
     "did you mean 'nfes'": '{"train": {}, "evaluate": {"nfe": 3}}', "evaluate = 3": '{"train": {}, "evaluate": 3}', "unknown run": '{"evaluate": {"run": "nobody"}}',
     "workers": '{"train": {}, "workers": -1}', "cluster": '{"train": {}, "cluster": "pbs"}', "keep": '{"train": {}, "keep": "all"}', "10,000": json.dumps({"train": {"seed": list(range(10_001))}}),
     "exclude each other": '{"train": {}, "cluster": "slurm", "scheduler": "tcp://127.0.0.1:1"}', "slurm.cores": '{"train": {"data": "moons"}, "cluster": "slurm", "workers": 1}',
