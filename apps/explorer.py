@@ -124,7 +124,7 @@ def fitted(name, solver="", amount=None, wanted: dict = None) -> tuple:
         return (line, gr.update(choices=[ANY, *labels(run)], value=wanted.get("label", ANY), visible=bool(labels(run))), gr.update(value=wanted.get("count", 64 if plane else 8)),
                 gr.update(visible=plane), gr.update(visible=not plane), gr.update(visible=not plane), gr.update(choices=offered(names), value=solver),
                 *settled(entry(solver, run), run, amount, wanted), gr.update(choices=everyone, value=among("runs", everyone, theirs, 24)),
-                gr.update(choices=countable, value=among("solvers", [n for _, n in countable], with_solvers, 12)))
+                gr.update(choices=countable, value=among("solvers", [n for _, n in countable], with_solvers, 12)), wanted.get("n", tradeoff.samples(run)))
 
 
 def measurable() -> list:
@@ -140,7 +140,7 @@ def greeted(*form):
         yield tuple(gr.skip() for _ in range(10))
 
 
-FITS = 9 + len(BOUND)
+FITS = 10 + len(BOUND)
 
 
 def arrived(request: gr.Request = None) -> tuple:
@@ -155,12 +155,12 @@ def arrived(request: gr.Request = None) -> tuple:
             gr.Warning(html.escape(f"In the address: {why}"[:200]), duration=8)
         if chosen is None:
             line = "<p class='about'>No run yet. Train one: <code>python -m cudlab.run train</code></p>"
-            return gr.update(choices=[], value=None), gr.skip(), line, *[gr.skip()] * (FITS - 1 + 3 + 6 + 26)
+            return gr.update(choices=[], value=None), gr.skip(), line, *[gr.skip()] * (FITS - 1 + 3 + 5 + 26)
         if "solver" in found and found["solver"] not in possible(opened(chosen)):
             gr.Warning(html.escape(f"In the address: {found['solver'][:60]!r} is not a solver for {chosen}"), duration=8)
         if "label" in found and found["label"] not in (ANY, *labels(opened(chosen))):
             gr.Warning(html.escape(f"In the address: class = {found.pop('label')[:40]!r} is not one of {chosen}"), duration=8)
-        chart = [found.get(k, f.default) for k, f in ((f.name, f) for f in fields(share.View)) if k in ("value", "axis", "grid2", "nfe", "n", "seeds")]
+        chart = [found.get(k, f.default) for k, f in ((f.name, f) for f in fields(share.View)) if k in ("value", "axis", "grid2", "nfe", "seeds")]
         view = found.get("view", "trajectory")
         return gr.update(choices=menu(), value=chosen), gr.update(selected=view), *fitted(chosen, wanted=found), found.get("seed", settings().seed), *chart, *contestants(chosen, share.columns(found) if any(k in found for k in "abcd") else None, found)
 
@@ -274,7 +274,7 @@ def build() -> gr.Blocks:
                                 t_grid = gr.Dropdown([*GRIDS, NATIVE], value="uniform", label="Grid", info="native is the one of each solver's authors", filterable=False, elem_id="t-grid")
                                 gr.HTML("<h2 class='group-name'>to measure</h2>")
                                 t_nfe = gr.Textbox(tradeoff.BUDGETS, label="NFE", info="network calls per sample, with commas", max_length=200)
-                                t_n = gr.Slider(100, 5000, value=2000, step=100, label="Samples per score")
+                                t_n = gr.Slider(100, MOST["n"], value=2000, step=100, label="Samples per score")
                                 t_seeds = gr.Textbox("0", label="Seeds", info="three or more give an interval", max_length=100)
                                 with gr.Row(elem_classes="buttons"):
                                     fill = gr.Button("Measure missing points", variant="primary", elem_id="measure", scale=2, min_width=170, size="md")
@@ -330,9 +330,9 @@ def build() -> gr.Blocks:
         form = [run, weights, head, solver, by, amount, grid, seed, count, label, guidance, lower, denoise]
         shown = [film, plane, paths, ends, panels, schedule, done, moved, code, checked]
         decides = [by, amount, grid, weights, lower, denoise, head, guidance]
-        fits = [line, label, count, plane, film, box, solver, *decides, t_runs, t_solvers]
+        fits = [line, label, count, plane, film, box, solver, *decides, t_runs, t_solvers, t_n]
         sampling = dict(fn=trajectory.sampled, inputs=form, outputs=shown, preprocess=False, show_progress="hidden", **solve)
-        charted = [t_value, t_axis, t_grid, t_nfe, t_n, t_seeds]
+        charted = [t_value, t_axis, t_grid, t_nfe, t_seeds]
 
         first = page.load(arrived, None, [run, views, *fits, seed, *charted, c_seed, c_count, *contest], api_name="runs", **quick).success(**sampling | dict(fn=greeted), api_visibility="private")
         pressed = go.click(**sampling, api_name="sample")
@@ -367,8 +367,8 @@ def build() -> gr.Blocks:
 
         remember = lambda triggers, inputs, js: gr.on(triggers, None, inputs, None, js=js, api_name=False)
         remember([code.change], form, f"(...values) => {{ cudlab.form({json.dumps(NAMES)}, {json.dumps(usual)}, values); }}")
-        keys, plain = ("runs", "solvers", "value", "axis", "grid2", "nfe", "n", "seeds"), [None, None, "fd", "NFE", "uniform", tradeoff.BUDGETS, 2000, "0"]
-        remember([c.input for c in (t_runs, t_solvers, *charted)], [t_runs, t_solvers, *charted],
+        keys, plain = ("runs", "solvers", "value", "axis", "grid2", "nfe", "seeds", "n"), [None, None, "fd", "NFE", "uniform", tradeoff.BUDGETS, "0", None]
+        remember([c.input for c in (t_runs, t_solvers, *charted, t_n)], [t_runs, t_solvers, *charted, t_n],
                  f"(...values) => {{ cudlab.form({json.dumps(keys)}, {json.dumps(plain)}, values.map((v) => Array.isArray(v) ? v.join(' ') : v)); }}")
         remember([fight.click], columns, f"(...values) => {{ cudlab.columns(values, {len(compare.COLUMN)}); }}")
         for k in range(len(compare.LETTERS)):
@@ -385,7 +385,7 @@ def pointed(*form) -> str:
         ask, made = walk.ask, entry(walk.ask.solver, walk.run)
         usual = {f.name: f.default for f in fields(Ask)}
         how = {k: getattr(ask, k) for k in ("weights", "head", "guidance", "lower_order_final", "denoise") if getattr(ask, k) != usual[k]}
-        return tradeoff.job([ask.run], [ask.solver], ask.grid, str(made.calls(walk.steps, ask.denoise) if made.calls else 1), 2000, str(ask.seed), **how)
+        return tradeoff.job([ask.run], [ask.solver], ask.grid, str(made.calls(walk.steps, ask.denoise) if made.calls else 1), tradeoff.samples(walk.run), str(ask.seed), **how)
     except (ValueError, gr.Error):
         return ""
 

@@ -303,7 +303,7 @@ def test_the_last_moves_are_as_asked(app):
 
 def named(app, updates):
     "What `fitted` tells the controls, by name."
-    return dict(zip(("line", "label", "count", "plane", "film", "paths", "solver", *app.BOUND, "runs", "solvers"), updates))
+    return dict(zip(("line", "label", "count", "plane", "film", "paths", "solver", *app.BOUND, "runs", "solvers", "n"), updates))
 
 
 def test_a_learned_solver_is_offered_for_its_network_only(app, lab):
@@ -412,11 +412,12 @@ def test_the_job_measures_the_same(app):
     measure(app, ["digits-run"], ["euler"], "1, 2")
     command = app.tradeoff.job(["digits-run"], ["euler", "ab2"], "uniform", "1, 2", 80, "0 1")
     assert command == "papermill nbs/evaluate.ipynb scores.ipynb -p run digits-run -p solvers 'euler ab2' -p nfes '1 2' -p seeds '0 1' -p n 80 -p grid uniform"
+    assert named(app, app.fitted("digits-run"))["n"] == 80, "a new point is to join those there are"
     url, name = app.tradeoff.exported(["digits-run"], ["euler"])
     assert name == "trade-off.csv" and b"extractor_hash" in base64.b64decode(url.partition(",")[2])
     assert "nothing to save" in complains(lambda: app.tradeoff.exported(["moons-jumps"], ["euler"]))
     form = GOOD | dict(solver="heun", seed=3)
-    assert app.pointed(*form.values()).endswith("-p run digits-run -p solvers heun -p nfes 8 -p seeds 3 -p n 2000 -p grid uniform")
+    assert app.pointed(*form.values()).endswith("-p run digits-run -p solvers heun -p nfes 8 -p seeds 3 -p n 80 -p grid uniform")
     assert app.pointed(*(form | dict(weights="raw", denoise=False)).values()).endswith("-p grid uniform -p weights raw -p denoise False")
     assert app.pointed(*(form | dict(run="nope")).values()) == "" == app.pointed(*(form | dict(solver="rk45", by="NFE")).values())
 
@@ -502,10 +503,11 @@ def test_a_link_opens_what_it_says(app):
     page = app.arrived(Asked(run="moons-run", solver="heun", amount="5", seed="9", count="12", view="compare", a="moons-run~ab2~3~uniform~ema~1", value="kd", runs="moons-run nope"))
     assert page[0]["value"] == "moons-run" and page[1]["selected"] == "compare"
     shown = named(app, page[2 : 2 + app.FITS])
-    assert shown["solver"]["value"] == "heun" and shown["amount"]["value"] == 5 and shown["count"]["value"] == 12 and shown["runs"]["value"] == ["moons-run"]
+    assert shown["solver"]["value"] == "heun" and shown["amount"]["value"] == 5 and shown["count"]["value"] == 12 and shown["runs"]["value"] == ["moons-run"] and shown["n"] in (80, 2000)
     rest = page[2 + app.FITS :]
-    assert rest[0] == 9 and rest[1] == "kd" and rest[9]["value"] == "moons-run" and rest[11] == 3 and rest[15]["value"] == "none"
-    locked = named(app, app.arrived(Asked(run="moons-short", amount="7"))[2 : 2 + app.FITS])
+    assert rest[0] == 9 and rest[1] == "kd" and rest[8]["value"] == "moons-run" and rest[10] == 3 and rest[14]["value"] == "none"
+    locked = named(app, app.arrived(Asked(run="moons-short", amount="7", n="300"))[2 : 2 + app.FITS])
+    assert locked["n"] == 300
     assert locked["amount"]["value"] == 1
 
 

@@ -60,6 +60,12 @@ def beside(run: Run) -> tuple:
     return list(dict.fromkeys([run.name, *kin])), list(dict.fromkeys([run.own["solver"], *BASELINES]))
 
 
+def samples(run: Run) -> int:
+    "Samples per score: as many as the run's scores have, so that a new point may join them."
+    group = protocol(run.scores)
+    return group[-1]["n"] if group and 16 <= group[-1].get("n", 0) <= MOST["n"] else Chart().n
+
+
 def selected(names: list, solvers: list, grid: str) -> list:
     "The scores of these runs with these solvers on this grid; what is made for one grid or is a run of its own counts on it."
     found = []
