@@ -73,8 +73,7 @@ def measured(
         return farewell(Lost(f"{e}; the scores so far are kept, and the same command continues it"))
     except KeyboardInterrupt:
         rank = os.environ.get("RANK", "0")
-        print(f"stopped after {done} new scores, which are kept; the same command continues it" if rank == "0" else f"process {rank} of the team stopped", flush=True)
-        return 3
+        return farewell(KeyboardInterrupt(f"stopped after {done} new scores, which are kept; the same command continues it" if rank == "0" else f"process {rank} of the team stopped"))
     except Exception as e:
         return farewell(e)
     return 0
@@ -94,8 +93,7 @@ def sampled(
             for line in sample(run, out, **params):
                 print(line, flush=True)
     except KeyboardInterrupt:
-        print("stopped; the parts so far are kept, and the same command continues it", flush=True)
-        return 3
+        return farewell(KeyboardInterrupt("stopped; the parts so far are kept, and the same command continues it"))
     except Exception as e:
         return farewell(e)
     return 0

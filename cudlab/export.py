@@ -782,8 +782,7 @@ def main(
                     words = " ".join(f"{k}={v}" for k, v in ({"method": run.config.method} | given).items())
                     print(f"run {run.name}: step 0, first weights from {file.name} ({run.info['imported']['names']} names); train it: cudlab train name={run.name} {words}")
     except KeyboardInterrupt:
-        print("stopped; nothing was written", flush=True)
-        return 3
+        return farewell(KeyboardInterrupt("stopped; nothing was written"))
     except Exception as e:
         return farewell(e)
     return 0

@@ -379,3 +379,12 @@ def test_a_torn_score_is_left_out_and_the_next_one_is_whole(lab, little):
                                          ("KeyError", 1), ("RuntimeError", 1), ("Whatever", 1), ("print", 1)])
 def test_the_code_of_an_error(error, code):
     assert job.code_of(error) == code
+
+
+def test_an_interrupt_that_came_through_exec_ends_with_the_code(tmp_path):
+    "Dataclasses and torch make functions by exec: Python then ends a module by SIGINT though the interrupt was caught."
+    lines = ["import sys", "from cudlab.run import farewell", "try:", "    exec('raise KeyboardInterrupt')", "except KeyboardInterrupt as error:", "    sys.exit(farewell(error))"]
+    (tmp_path / "ended.py").write_text("\n".join(lines))
+    path = os.pathsep.join((str(tmp_path), str(Path(cli.__file__).parents[1])))
+    ended = subprocess.run([sys.executable, "-m", "ended"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert ended.returncode == 3 and "Traceback" not in ended.stderr

@@ -787,7 +787,7 @@ def test_a_lost_process_ends_the_team_in_a_sentence(moons, runs_path, victim):
         ranks |= {word[5:]: int(child) for word in Path(f"/proc/{child}/environ").read_text().split("\0") if word.startswith("RANK=")}
     os.kill(ranks[str(victim)], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and ("stopped" in out or "lost another one" in err)
+    assert process.returncode != 0 and ("of the team stopped" in out or "stopped after" in out or f"process {victim} of 2 is gone; the scores so far are kept" in out), out + err # torchrun or the lost process is noticed first
     assert (folder / "scores.jsonl").read_text().endswith("\n")
 
 
