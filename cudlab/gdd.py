@@ -6,8 +6,9 @@
 __all__ = ['BACKBONES', 'FREEZE', 'pyramid', 'Encoder', 'Classified', 'ImageNet', 'efficientnet', 'vgg', 'Projection', 'Head',
            'Discriminator', 'freeze', 'logistic', 'GDD']
 
-# %% ../nbs/14_gdd.ipynb #02d90c35
+# %% ../nbs/14_gdd.ipynb #c6ac1384
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -204,7 +205,7 @@ class GDD(Student):
     gamma: float = spec(1e-4, "weight of R1", low=0)
     lazy: int = spec(16, "R1 every so many steps, with so many times the weight", low=1, high=10_000)
     disc_lr: float = spec(1.0, "the discriminator's learning rate as a factor on the generator's", above=0, high=100)
-    patience: int = spec(500, "steps in a row with a discriminator that is never wrong, or with samples that are all alike, before it counts as a collapse", low=1)
+    patience: int = spec(500, "steps in a row with a discriminator that is never wrong, or with samples that are all alike, before it counts as a collapse; a tenth for samples that become alike later", low=1)
 
     one_step = True
 
@@ -284,6 +285,10 @@ class GDD(Student):
         lost = torch.stack([wrong == 0, spread < usual / 4])
         streaks = self.players["disc"].streaks
         streaks.copy_(torch.where(lost, streaks + 1, 0))
-        if step % 50 == 49 and int(streaks.max()) >= self.patience:
-            why = "the discriminator was never wrong" if streaks[0] >= self.patience else "all samples were alike"
-            raise Diverged(f"the generator has collapsed: {why} in {int(streaks.max())} steps up to step {step + 1}; lower lr, freeze more (now {self.freeze}), or raise gamma (now {self.gamma:g})")
+        if step % 50 != 49:
+            return
+        sure, alike = streaks.tolist()
+        began = step + 1 - alike
+        if sure >= self.patience or alike >= (self.patience if began < self.patience else math.ceil(self.patience / 10)):
+            why = "the discriminator was never wrong" if sure >= self.patience else "all samples were alike"
+            raise Diverged(f"the generator has collapsed: {why} in {max(sure, alike)} steps up to step {step + 1}; lower lr, freeze more (now {self.freeze}), or raise gamma (now {self.gamma:g})")

@@ -241,6 +241,22 @@ def test_a_collapse_ends_with_code_4_and_the_last_good_state(capsys):
     assert torch.isfinite(run.solve(index=4).x).all()
 
 
+def test_a_collapse_near_the_end_is_no_finished_run(monkeypatch, capsys):
+    "A generator that was alive and falls to one picture."
+    generate, calls = cudlab.gdd.GDD.generate, []
+
+    def falling(self, z, y):
+        calls.append(1)
+        x = generate(self, z, y) + z
+        return x[:1] + 0 * x if len(calls) > 170 else x
+
+    monkeypatch.setattr(cudlab.gdd.GDD, "generate", falling)
+    words = "method=gdd name=late data=digits steps=200 batch=4 warmup=1 save_every=50 args.patience=100 args.features=digits-v1 args.width=8".split()
+    assert main(["train", *words]) == 4
+    said = capsys.readouterr().err
+    assert "all samples were alike in 30 steps up to step 200" in said and Run.open("late").step <= 150
+
+
 def test_a_loss_that_is_not_finite_ends_with_code_4(monkeypatch, capsys):
     look, calls = cudlab.gdd.Classified.forward, []
 
