@@ -247,7 +247,7 @@ class DODE(Objective):
             if f.name in unused and getattr(config, f.name) != f.default:
                 raise ValueError(f"{f.name} = {getattr(config, f.name)!r} means nothing to method dode, which trains no network; use {f.name}={f.default}, its own arguments are moves, batches, samples and others")
         if not self.teacher:
-            raise ValueError("teacher = '' names no run; a learned solver is fitted to the network of a finished run, for example teacher=digits-rf")
+            raise ValueError("teacher = '' names no run; a learned solver is fitted to the network of a finished run, for example args.teacher=digits-rf")
         if self.faithful and (self.fit_by, self.target) != ("greedy", "same"):
             raise ValueError(f"faithful = True goes with fit_by = 'greedy' and target = 'same', not with {self.fit_by!r} and {self.target!r}")
 

@@ -105,7 +105,7 @@ class Student(Objective):
 
     def check(self, config: Config) -> None:
         if not self.teacher and "teacher" in self.supervision:
-            raise ValueError(f"teacher = '' names no run; method {config.method} learns from a finished run, for example teacher=digits-rf")
+            raise ValueError(f"teacher = '' names no run; method {config.method} learns from a finished run, for example args.teacher=digits-rf")
         if config.path != "linear":
             raise ValueError(f"path = {config.path!r} does not go with method {config.method}, which assumes straight lines; use path=linear")
 

@@ -281,7 +281,8 @@ class GDD(Student):
         "Count the steps in which one player had lost; `Diverged` when there were too many in a row."
         mean = lambda logits: torch.stack([h.mean(1) for h in logits]).mean(0)
         wrong = (mean(on_fake) >= 0).sum() + (mean(on_real) <= 0).sum()
-        wrong, spread, usual = team().sum(torch.stack([wrong.float(), fake.float().std(0).mean(), x0.std(0).mean()]))
+        apart = lambda x: x.float().std(0).mean() if len(x) > 1 else x.float().new_ones(()) # one sample cannot be told from a collapse
+        wrong, spread, usual = team().sum(torch.stack([wrong.float(), apart(fake), apart(x0)]))
         lost = torch.stack([wrong == 0, spread < usual / 4])
         streaks = self.players["disc"].streaks
         streaks.copy_(torch.where(lost, streaks + 1, 0))

@@ -257,6 +257,12 @@ def test_a_collapse_near_the_end_is_no_finished_run(monkeypatch, capsys):
     assert "all samples were alike in 30 steps up to step 200" in said and Run.open("late").step <= 150
 
 
+@pytest.mark.filterwarnings("error:std")
+def test_one_sample_a_step_is_no_collapse():
+    words = "method=gdd name=one data=digits steps=60 batch=1 warmup=1 args.patience=20 args.features=digits-v1 args.width=8".split()
+    assert main(["train", *words]) == 0 and Run.open("one").step == 60
+
+
 def test_a_loss_that_is_not_finite_ends_with_code_4(monkeypatch, capsys):
     look, calls = cudlab.gdd.Classified.forward, []
 
