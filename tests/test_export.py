@@ -175,3 +175,24 @@ def test_constraints_pin_every_requirement():
     asked = project["dependencies"] + [r for k, v in project["optional-dependencies"].items() if k != "all" for r in v]
     missing = {re.match(r"[\w.-]+", r)[0].lower() for r in asked} - set(pins)
     assert not missing and pins["torch"] == "2.13.0" and not any("+" in v for v in pins.values())
+
+
+def test_every_pinned_package_runs_on_the_oldest_python():
+    import tomllib
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import metadata
+
+    from packaging.specifiers import SpecifierSet
+
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=") + ".0"
+    refused = []
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if "==" not in line or line[0] == "#":
+            continue
+        try:
+            asks = metadata(line.split("==")[0])["Requires-Python"]
+        except PackageNotFoundError:  # of an extra that is not installed
+            continue
+        if asks and not SpecifierSet(asks).contains(oldest):
+            refused.append(f"{line} asks for Python {asks}")
+    assert not refused
