@@ -482,6 +482,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cudlab.run.arguments': ('run.html#arguments', 'cudlab/run.py'),
                             'cudlab.run.best_of': ('run.html#best_of', 'cudlab/run.py'),
                             'cudlab.run.build': ('run.html#build', 'cudlab/run.py'),
+                            'cudlab.run.bytes_of': ('run.html#bytes_of', 'cudlab/run.py'),
                             'cudlab.run.clock': ('run.html#clock', 'cudlab/run.py'),
                             'cudlab.run.commit': ('run.html#commit', 'cudlab/run.py'),
                             'cudlab.run.conclude': ('run.html#conclude', 'cudlab/run.py'),

@@ -11,7 +11,7 @@ __all__ = ['METHODS', 'CODES', 'FREE', 'MEASURED', 'WEIGHTS', 'SIGNED', 'SEEN', 
            'locked', 'held', 'once', 'interruptible', 'count_of', 'clock', 'unlike', 'place', 'create', 'weights_of',
            'pack_state', 'unpack_state', 'resume', 'kept', 'linked', 'put_aside', 'prune', 'flaw', 'way_back',
            'go_back', 'conclude', 'tell', 'tidy', 'train', 'leg', 'launch', 'best_of', 'RunInfo', 'state_of',
-           'recorded', 'look', 'runs', 'known', 'differences', 'Job', 'arguments', 'given', 'parameters',
+           'recorded', 'bytes_of', 'look', 'runs', 'known', 'differences', 'Job', 'arguments', 'given', 'parameters',
            'keep_notebook', 'parts', 'slim', 'from_words', 'Lasting', 'polite', 'outlive', 'keys', 'work', 'main']
 
 # %% ../nbs/20_run.ipynb #ab06f7af
@@ -1478,6 +1478,17 @@ def recorded(
     return info, status, {name: file["bytes"] for name, file in run.files.items()}
 
 
+def bytes_of(
+    path: Path, # a file that may move at any moment
+) -> int:
+    "The length of a plain file, -1 where there is none; asked once, since between two questions it may be gone."
+    try:
+        known = os.stat(path)
+    except OSError:
+        return -1
+    return known.st_size if stat.S_ISREG(known.st_mode) else -1
+
+
 def look(
     folder: Path, # a run folder
     shipped: bool, # whether it lies in checkpoints/
@@ -1491,7 +1502,7 @@ def look(
             kept = SEEN[str(folder)] = signature, *recorded(folder, shipped)
         _, info, status, sizes = kept
         long = lambda name, size: name in files and files[name][1] >= size
-        there = lambda name, size: any(p.is_file() and p.stat().st_size >= size for p in (folder / ".commit" / name, folder / name))
+        there = lambda name, size: any(bytes_of(p) >= size for p in (folder / ".commit" / name, folder / name))
         short = [name for name, size in sizes.items() if not long(name, size) and not there(name, size)] # the second may have come since
         changed = datetime.datetime.fromtimestamp(min(max(files["MANIFEST.json"][0] // 10**9, 0), 2**37), datetime.UTC).isoformat()
         return replace(info, damaged=f"{', '.join(short)} missing or too short" if short else "", changed=changed,

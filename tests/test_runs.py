@@ -16,6 +16,7 @@ from cudlab.run import commit
 from cudlab.run import differences
 from cudlab.run import known
 from cudlab.run import runs
+from cudlab.run import signatures
 
 SMALL = "digits-dode-euler5"
 
@@ -45,6 +46,7 @@ def python(code: str, *words) -> subprocess.Popen:
 OPENED = """
 import os, sys
 from cudlab.run import runs
+from cudlab.run import signatures
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' and isinstance(args[0], (str, bytes, os.PathLike)) else None)
 for _ in range(2):
@@ -174,6 +176,23 @@ def test_a_run_that_is_being_saved_is_never_listed_as_damaged(lab):
         stop.set()
         saver.join()
     assert len(steps) > 10 and not {r.damaged for r in seen if r.damaged}
+
+
+def test_a_file_that_moves_between_two_looks_is_there(lab, monkeypatch):
+    folder = lab("moving")
+    (folder / ".commit").mkdir()
+    os.rename(folder / "net.safetensors", folder / ".commit" / "net.safetensors")
+    look_at = os.stat
+
+    def then_moved(path, *args, **kw):
+        found = look_at(path, *args, **kw)
+        if str(path).endswith("/.commit/net.safetensors"):
+            os.rename(path, folder / "net.safetensors")
+        return found
+
+    monkeypatch.setattr("cudlab.run.signatures", lambda place, of=signatures: {k: v for k, v in of(place).items() if k != "net.safetensors"})
+    monkeypatch.setattr(os, "stat", then_moved)
+    assert not mine()["moving"].damaged and not (folder / ".commit" / "net.safetensors").exists()
 
 
 def test_an_interrupted_save_is_listed_as_committed(lab):
