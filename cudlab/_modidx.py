@@ -59,6 +59,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cudlab.core.make': ('core.html#make', 'cudlab/core.py'),
                              'cudlab.core.missing': ('core.html#missing', 'cudlab/core.py'),
                              'cudlab.core.noise': ('core.html#noise', 'cudlab/core.py'),
+                             'cudlab.core.pairs': ('core.html#pairs', 'cudlab/core.py'),
                              'cudlab.core.parse': ('core.html#parse', 'cudlab/core.py'),
                              'cudlab.core.philox': ('core.html#philox', 'cudlab/core.py'),
                              'cudlab.core.pick': ('core.html#pick', 'cudlab/core.py'),

@@ -13,6 +13,7 @@ from dataclasses import fields
 
 from .core import Lost
 from .core import joined
+from .core import pairs
 from .core import parse
 from .core import use_threads
 from .run import farewell
@@ -36,15 +37,11 @@ def wanted(
     from cudlab.metrics import Evaluation
     from cudlab.metrics import evaluation
 
-    kinds, params, named = {f.name: f.type for f in fields(Evaluation)}, {}, []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals:
-            params[key] = parse(value, kinds.get(key))
-        elif word in kinds:
+    kinds, (texts, named) = {f.name: f.type for f in fields(Evaluation)}, pairs(words)
+    for word in named:
+        if word in kinds:
             raise ValueError(f"{word!r} is not key=value")
-        else:
-            named.append(word)
+    params = {key: parse(value, kinds.get(key)) for key, value in texts.items()}
     if named and "run" in params:
         raise ValueError(f"run = {params['run']!r} and {' '.join(named)[:80]!r} both name runs; give one of them")
     return evaluation(params | ({"run": " ".join(named)} if named else {}))

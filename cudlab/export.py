@@ -36,6 +36,7 @@ from .core import Args
 from .core import guess
 from .core import make
 from .core import noise
+from .core import pairs
 from .core import parse
 from .core import pick
 from .core import settings
@@ -716,20 +717,15 @@ def sorted_words(
     first: str, # the key of a word that stands alone
 ) -> dict:
     "Texts by key: key=value, --key=value and --key value."
-    found, rest = {}, list(words)
+    plain, rest = [], list(words)
     while rest:
         word = rest.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and not equals:
+        if word.startswith("--") and "=" not in word:
             if not rest:
                 raise ValueError(f"{word[:80]!r} needs a value")
-            value = rest.pop(0)
-        elif not equals:
-            key, value = first, word
-        if key in found:
-            raise ValueError(f"{key[:80]} is given twice: {found[key][:80]!r} and {value[:80]!r}")
-        found[key] = value
-    return found
+            word += f"={rest.pop(0)}"
+        plain.append(word.removeprefix("--") if "=" in word else f"{first}={word}")
+    return pairs(plain)[0]
 
 
 def usage(way: str) -> str:
@@ -755,6 +751,8 @@ def main(
             if way == "export":
                 kinds = {f.name: f.type for f in fields(Export)}
                 job = make(Export, {k: parse(v, kinds.get(k)) for k, v in sorted_words(words, "run").items()})
+                if not job.to:
+                    raise ValueError(f"to = '' names no format; one of {', '.join(FORMATS)}")
                 pick("format", job.to, FORMATS)
                 run, guidance = Run.open(job.run), parse(job.guidance) if job.guidance else None
                 done = export(run, job.to, Path(job.out or f"{run.name}-{job.to}"), job.what, job.weights, job.license, solver=job.solver or None, steps=job.steps or None,

@@ -65,6 +65,7 @@ from .core import guess
 from .core import joined
 from .core import make
 from .core import noise
+from .core import pairs
 from .core import parse
 from .core import pick
 from .core import settings
@@ -575,7 +576,7 @@ def locate(
         return places[run][0] / "kept" / step
     if name and is_run(name):
         return Path(name).resolve()
-    raise ValueError(f"unknown run {name[:80]!r}{guess(name[:80], places)}; {'one of ' + ', '.join([*places][:12]) + f' and {len(places) - 12} more' * (len(places) > 12) if places else 'there are no runs yet'}")
+    raise ValueError(f"unknown run {name[:80]!r}{guess(name[:80], places)}; {'one of ' + ', '.join(sorted(places)[:12]) + f' and {len(places) - 12} more' * (len(places) > 12) if places else 'there are no runs yet'}")
 
 # %% ../nbs/20_run.ipynb #832081f7
 def jsonl(data: bytes) -> list:
@@ -1663,11 +1664,11 @@ def from_words(
 ) -> dict:
     "Parameters from key=value words."
     kinds = {f.name: f.type for c in (Config, Job) for f in fields(c)}
+    texts, others = pairs(words)
+    if others:
+        raise ValueError(f"{others[0][:80]!r} is not key=value")
     params = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word[:80]!r} is not key=value")
+    for key, value in texts.items():
         if key.startswith("args."):
             params.setdefault("args", {})[key.removeprefix("args.")] = parse(value)
         else:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .core import Damaged
 from .core import make
+from .core import pairs
 from .core import parse
 from .core import team
 from .metrics import Sampling
@@ -110,14 +111,13 @@ def wanted(
     words: list, # ["digits-cud", "out=folder", "n=50000"]
 ) -> tuple:
     "What a command line asks for: (run, folder, fields of `Sampling`)."
-    kinds, params = {f.name: f.type for f in fields(Sampling)} | {"out": str}, {}
+    kinds = {f.name: f.type for f in fields(Sampling)} | {"out": str}
     if not words or "=" in words[0]:
         raise ValueError("RUN is missing: cudlab sample RUN out=FOLDER")
-    for word in words[1:]:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word[:80]!r} is not key=value")
-        params[key] = parse(value, kinds.get(key))
+    texts, others = pairs(words[1:])
+    if others:
+        raise ValueError(f"{others[0][:80]!r} is not key=value")
+    params = {key: parse(value, kinds.get(key)) for key, value in texts.items()}
     if not params.get("out"):
         raise ValueError("out = '' names no folder for the samples: cudlab sample RUN out=FOLDER")
     return Run.open(words[0]), params.pop("out"), params

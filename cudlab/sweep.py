@@ -39,6 +39,7 @@ from .core import Args
 from .core import Damaged
 from .core import guess
 from .core import make
+from .core import pairs
 from .core import parse
 from .core import settings
 from .core import spec
@@ -300,10 +301,10 @@ def read(
         if key not in parts and key not in kinds:
             raise ValueError(f"unknown key {key[:80]!r} in {path.name}{guess(key, [*parts, *kinds])}; one of {', '.join([*parts, *kinds])}")
     options = {k: v for k, v in content.items() if k in kinds}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word[:80]!r} is not key=value, and none of here, plan, status and stop")
+    texts, others = pairs(words)
+    if others:
+        raise ValueError(f"{others[0][:80]!r} is not key=value, and none of here, plan, status and stop")
+    for key, value in texts.items():
         if key.startswith("slurm."):
             options["slurm"] = {**options.get("slurm", {}), key.removeprefix("slurm."): parse(value)}
         else:

@@ -260,7 +260,7 @@ def test_targets_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["digits-rf", "--to", "onxn"], "did you mean 'onnx'?"), (["digits-rf"], "unknown format ''"), (["digits-rf", "to=hub-foldr"], "did you mean 'hub-folder'?"), (["digits-rv", "to=onnx"], "did you mean 'digits-rf'?"),
+    (["digits-rf", "--to", "onxn"], "did you mean 'onnx'?"), (["digits-rf"], "to = '' names no format"), (["digits-rf", "to=hub-foldr"], "did you mean 'hub-folder'?"), (["digits-rv", "to=onnx"], "did you mean 'digits-rf'?"),
     (["digits-rf", "to=onnx", "solver=euller"], "did you mean 'euler'?"), (["digits-rf", "to=onnx", "solver=rk45"], "sample by sample"), (["digits-cd", "to=onnx", "steps=2"], "fresh noise"),
     (["digits-boot", "to=onnx", "steps=4"], "in one call"), (["digits-rf", "to=onnx", "head=2"], "from 1 to 1"), (["digits-rf", "to=onnx", "steps=1001"], "at most 1,000"), (["digits-rf", "to=onnx", "steps=200"], "at most 128"),
     (["digits-rf", "to=onnx", "guidance=much"], "guidance"), (["digits-rf", "to=diffusers-folder", "what=sampler"], "what=net"), (["digits-rf", "--to"], "needs a value"), (["digits-rf", "to=onnx", "to=onnx"], "given twice"),

@@ -388,3 +388,19 @@ def test_an_interrupt_that_came_through_exec_ends_with_the_code(tmp_path):
     path = os.pathsep.join((str(tmp_path), str(Path(cli.__file__).parents[1])))
     ended = subprocess.run([sys.executable, "-m", "ended"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert ended.returncode == 3 and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("words", ["train steps=1 steps=2", "train args.aim=4 args.aim=8", "evaluate digits-rf n=60 n=70", "sample digits-rf out=there n=60 n=70", "sweep sweep.json workers=1 workers=2",
+                                   "export digits-rf to=onnx --to hub-folder"])
+def test_a_key_given_twice_is_refused(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"train": {"steps": 1}}')
+    assert cli.main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "is given twice: '" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep.json"]
+
+
+def test_sentences_know_capitals_and_infinity(capsys):
+    for words, says in (("train method=GDD", "did you mean 'gdd'?"), ("train clip=inf", "clip = inf is out of range: at least 0 and a finite number"), ("train lr=inf", "lr = inf is out of range: above 0 and at most 1\n")):
+        assert cli.main(words.split()) == 2 and says in capsys.readouterr().err
