@@ -72,13 +72,14 @@ def sample(
     first, last = crew.share(len(starts))
     for number in range(first, last):
         file = folder / f"part-{number:05d}.safetensors"
-        if not file.is_file():
+        made = not file.is_file()
+        if made:
             indices = torch.arange(starts[number], min(starts[number] + what.batch, what.n))
             choices = what.of(run, indices)
             x = deque(run.walk(**choices), maxlen=1).pop().x
             tensors = {"samples": stored(x).cpu().contiguous()} | ({"labels": choices["y"]} if choices["y"] is not None else {})
             swap(file, safetensors.torch.save(tensors))
-        yield f"part {number + 1}/{len(starts)}: samples {starts[number]} to {min(starts[number] + what.batch, what.n) - 1}"
+        yield f"part {number + 1}/{len(starts)}: samples {starts[number]} to {min(starts[number] + what.batch, what.n) - 1}{'' if made else ', there already'}"
     crew.most(0) # all parts are there
     if crew.rank == 0:
         yield f"{what.n} samples of {run.name}, {what.solver} with {what.steps} steps, seed {what.seed}, in {folder}"
