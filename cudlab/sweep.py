@@ -170,7 +170,8 @@ def trainings(
     found, built = {}, set()
     usual = {k for k, v in (sets[0] if sets else {}).items() if all(k in other and str(other[k]) == str(v) for other in sets)}
     for number, params in enumerate(sets, 1):
-        own = " ".join(f"{k}={v}" for k, v in params.items() if k not in usual)[:80]
+        own = " ".join(f"{k}={v}" for k, v in params.items() if k not in usual)
+        own = own if len(own) <= 80 else own[:77] + "..."
         label = f"job {number}" + f" ({own})" * bool(own)
         try:
             config, job, given = training(params)
@@ -285,7 +286,7 @@ def read(
     "A sweep with everything in it checked; a `ValueError` of one sentence if anything is wrong."
     path = Path(file).expanduser().resolve()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique, parse_constant=constant)
     except OSError as e:
         raise ValueError(f"sweep = {str(file)[:200]!r} cannot be read: {e.strerror}") from None
     except RecursionError:
@@ -754,8 +755,8 @@ def left_out(
     if not bad and not (sweep.folder / "stop").exists():
         return False
     ended[task.name] = 3 if not bad or ended[bad] == 3 else 1
-    why = (record(sweep.folder, bad)["why"] or "it was stopped") if bad else ""
-    record(sweep.folder, task.name, code=ended[task.name], why=f"{bad} is not there: {why}" if bad else "")
+    why = f"waits for {bad}, which was stopped" if bad and ended[bad] == 3 else f"{bad} is not there: {record(sweep.folder, bad)['why']}" if bad else ""
+    record(sweep.folder, task.name, code=ended[task.name], why=why)
     return True
 
 
@@ -892,6 +893,8 @@ def main(
         print("\n".join([USAGE, *(f"  {f'{f.name}=' + str(f.default if isinstance(f.default, (int, float, str)) else ''):24} {f.metadata['help']}" for f in fields(Options))]))
         return 0
     try:
+        if words[1:] and Path(words[1]).is_file() and not Path(words[0]).exists():
+            raise ValueError(f"sweep = {words[0][:200]!r} is not a file, which comes first: cudlab sweep {words[1]} [plan|here|status|stop]")
         todo = words[1] if words[1:] and words[1] in ("plan", "status", "stop", "here") else ""
         sweep = read(words[0], words[1 + bool(todo):])
         if todo == "stop" and (running := held(sweep.folder / ".lock")):

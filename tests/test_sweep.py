@@ -17,6 +17,7 @@ import cudlab.run  # noqa: E402
 from cudlab.run import Run  # noqa: E402
 from cudlab.sweep import Row  # noqa: E402
 from cudlab.sweep import follow  # noqa: E402
+from cudlab.sweep import left_out  # noqa: E402
 from cudlab.sweep import main  # noqa: E402
 from cudlab.sweep import read  # noqa: E402
 from cudlab.sweep import rows  # noqa: E402
@@ -263,6 +264,20 @@ def test_a_bad_file_is_refused_in_a_sentence(lab, capsys, names, text):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and len(err.splitlines()) == 1 and names in err, err
     assert not [p for p in (lab / "runs").glob("*") if p.name != ".sweeps"]
+
+
+def test_what_windows_writes_before_a_file_and_words_in_the_wrong_order(lab, capsys):
+    file = lab / "marked.json"
+    file.write_text('{"train": {"data": "moons", "name": "one"}}', encoding="utf-8-sig")
+    assert main([str(file), "plan"]) == 0 and "1 job: 1 waiting" in capsys.readouterr().out
+    assert main(["plan", str(file)]) == 2 and capsys.readouterr().err == f"error: sweep = 'plan' is not a file, which comes first: cudlab sweep {file} [plan|here|status|stop]\n"
+
+
+def test_who_waits_for_a_stopped_job_says_so(lab):
+    sweep = read(grid(lab, {"train": {"data": "moons", "batch": 32}, "jobs": [{"name": "first", "method": "rf"}, {"name": "pupil", "method": "distill", "args.teacher": "first"}]}))
+    sweep.folder.mkdir(parents=True)
+    ended = {"first": 3}
+    assert left_out(sweep, sweep.tasks["pupil"], ended) and ended["pupil"] == 3 and rows(sweep)[1].why == "waits for first, which was stopped"
 
 
 def test_on_a_terminal_the_table_is_rewritten_in_place(monkeypatch, capsys):
