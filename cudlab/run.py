@@ -1777,7 +1777,10 @@ def main(
             case ["train", *rest]:
                 work(from_words(rest))
             case ["continue", name, *rest]:
-                work(asdict(Run.open(name).config) | {"name": name} | from_words(rest))
+                run = Run.open(name)
+                if run.path.parent == settings().checkpoints_path:
+                    raise ValueError(f"run {name!r} ships with the lab, finished and without its training state: there is nothing to continue; checkpoints/README.md has the words that made it")
+                work(asdict(run.config) | {"name": name} | from_words(rest))
             case ["list"]:
                 for r in runs():
                     print(f"{r.name:32} {r.method:11} {r.data:14} step {r.step:>7}/{r.steps:<7} {r.status:8} {'damaged: ' + r.damaged if r.damaged else 'shipped' if r.shipped else r.created}")

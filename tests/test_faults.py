@@ -160,6 +160,10 @@ def test_what_a_killed_job_left_is_swept_up_and_named(lab):
     assert Run(folder).verify() == 5 and Run(folder).step == 6
 
 
+def test_what_ships_is_not_continued_but_explained(lab, capsys):
+    assert main(["continue", "digits-rf"]) == 2 and "nothing to continue; checkpoints/README.md" in capsys.readouterr().err and not (lab / "digits-rf").exists()
+
+
 def test_a_second_job_changes_nothing(lab, capsys):
     folder = trained("shared", until=2).path
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
