@@ -8,11 +8,12 @@ __all__ = ['METHODS', 'CODES', 'FREE', 'MEASURED', 'WEIGHTS', 'SIGNED', 'SEEN', 
            'hashed', 'put', 'swap', 'sync', 'settle', 'sealed', 'commit', 'opened', 'read', 'facts', 'contents',
            'signatures', 'vouched', 'verify', 'verified', 'processor', 'machine', 'provenance', 'run_name', 'is_run',
            'folders', 'locate', 'jsonl', 'same_protocol', 'fill', 'room', 'whole', 'gradless', 'find_solver', 'Run',
-           'locked', 'held', 'once', 'interruptible', 'count_of', 'clock', 'unlike', 'place', 'create', 'weights_of',
-           'pack_state', 'unpack_state', 'resume', 'kept', 'linked', 'put_aside', 'prune', 'flaw', 'way_back',
-           'go_back', 'conclude', 'tell', 'tidy', 'train', 'leg', 'launch', 'best_of', 'RunInfo', 'state_of',
-           'recorded', 'bytes_of', 'look', 'runs', 'known', 'differences', 'Job', 'arguments', 'given', 'parameters',
-           'keep_notebook', 'parts', 'slim', 'from_words', 'Lasting', 'polite', 'outlive', 'keys', 'work', 'main']
+           'locked', 'held', 'Anyone', 'patient', 'once', 'interruptible', 'count_of', 'clock', 'unlike', 'place',
+           'create', 'weights_of', 'pack_state', 'unpack_state', 'resume', 'kept', 'linked', 'put_aside', 'prune',
+           'flaw', 'way_back', 'go_back', 'conclude', 'tell', 'tidy', 'train', 'leg', 'launch', 'best_of', 'RunInfo',
+           'state_of', 'recorded', 'bytes_of', 'look', 'runs', 'known', 'differences', 'Job', 'arguments', 'given',
+           'parameters', 'keep_notebook', 'parts', 'slim', 'from_words', 'Lasting', 'polite', 'outlive', 'keys', 'work',
+           'main']
 
 # %% ../nbs/20_run.ipynb #ab06f7af
 import collections
@@ -939,6 +940,28 @@ def held(
         pass
     return False
 
+# %% ../nbs/20_run.ipynb #dc5d9c4e
+class Anyone:
+    "Equal to every number."
+
+    def __ne__(self, other):
+        return False
+
+
+@contextlib.contextmanager
+def patient():
+    "Within, a Jupyter kernel is not ended by its own watch when its parent ends; the watch comes back afterwards."
+    app = getattr(sys.modules.get("ipykernel.kernelapp"), "IPKernelApp", None)
+    watch = app.instance().poller if app and app.initialized() else None
+    before = getattr(watch, "parent_pid", None)
+    if before is not None:
+        watch.parent_pid = Anyone()
+    try:
+        yield
+    finally:
+        if before is not None:
+            watch.parent_pid = before
+
 # %% ../nbs/20_run.ipynb #7838df5d
 def once(number, frame):
     "How a command takes SIGTERM: it ends as with Ctrl-C, and does not hear a second one on its way out."
@@ -953,7 +976,8 @@ def interruptible(folder: Path):
     names = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])) if main else () # nohup ignores it
     before = {s: signal.signal(s, lambda number, frame: caught.append(signal.Signals(number).name)) for s in names}
     try:
-        yield lambda: caught[0] if caught else "a STOP file" if (folder / "STOP").exists() else "the end of its parent process" if os.getppid() != parent else ""
+        with patient():
+            yield lambda: caught[0] if caught else "a STOP file" if (folder / "STOP").exists() else "the end of its parent process" if os.getppid() != parent else ""
     finally:
         with contextlib.suppress(OSError):
             (folder / "STOP").unlink(missing_ok=True)

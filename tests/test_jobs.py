@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cudlab.run import Run
+from cudlab.run import held
 from cudlab.run import read
 from cudlab.run import unpack_state
 
@@ -180,8 +181,28 @@ def test_a_signal_to_papermill_leaves_a_resumable_run(lab, tmp_path, sign):
         time.sleep(0.1)
     process.send_signal(sign)
     process.communicate(timeout=60)
-    status = runs_path(lab) / "pm" / "status.json"
-    while time.time() < deadline and not status.is_file():
-        time.sleep(0.1)
+    assert concluded(lab, deadline) == "stopped"
     run = Run.open(runs_path(lab) / "pm")
-    assert json.loads(status.read_text())["status"] == "stopped" and run.step >= 5 and run.verify() == 5
+    assert run.step >= 5 and run.verify() == 5
+
+
+def concluded(lab, deadline):
+    "The status of the run `pm` when its process, a kernel that outlives papermill, has come to an end."
+    folder = runs_path(lab) / "pm"
+    while time.time() < deadline and held(folder / ".lock"):
+        time.sleep(0.1)
+    return json.loads((folder / "status.json").read_text())["status"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_kernel_saves_the_run_when_papermill_ends_in_a_long_step(lab, tmp_path, sign): # longer than the second after which a kernel looks for its parent
+    process = papermill(lab, tmp_path / "out.ipynb", ("steps", 100), ("batch", 512), ("log_every", 1), ("save_every", 100), ("name", "pm"))
+    log = runs_path(lab) / "pm" / "metrics.jsonl"
+    deadline = time.time() + 100
+    while time.time() < deadline and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(sign)
+    process.communicate(timeout=60)
+    assert concluded(lab, deadline) == "stopped"
+    run = Run.open(runs_path(lab) / "pm")
+    assert run.step >= 1 and run.verify() == 5
