@@ -940,9 +940,9 @@ def held(
         pass
     return False
 
-# %% ../nbs/20_run.ipynb #dc5d9c4e
+# %% ../nbs/20_run.ipynb #c3c1314b
 class Anyone:
-    "Equal to every number."
+    "Differs from no number: a parent that never changes."
 
     def __ne__(self, other):
         return False

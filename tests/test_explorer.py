@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -764,19 +765,34 @@ def test_a_closed_tab_stops_the_walk(slow, chromium):
     assert steady(seen) <= at + 12 and len(seen) < 100
 
 
-def test_a_full_queue_answers_at_once(slow):
+def test_a_full_queue_answers_at_once(slow, monkeypatch):
     from gradio_client import Client
     address, seen = slow
+    states, go_on = ask.Walk.states, threading.Event()
+
+    def stuck(self):
+        seen.append((self.ask.seed, 0))
+        go_on.wait(300)
+        yield from states(self)
+
+    monkeypatch.setattr(ask.Walk, "states", stuck)
     client = Client(address, verbose=False, analytics_enabled=False)
-    jobs = [client.submit(*(GOOD | dict(amount=60, seed=100 + k)).values(), api_name="/sample") for k in range(44)]
-    refused = []
-    for job in jobs[-6:]:
-        with pytest.raises(Exception) as caught:
-            job.result(timeout=10)
-        refused.append(str(caught.value))
-    assert all("queue is full" in r.lower() for r in refused), refused
-    for job in jobs:
-        job.cancel()
+    asked = lambda k: client.submit(*(GOOD | dict(seed=100 + k)).values(), api_name="/sample")
+    jobs = [asked(0)]
+    try:
+        deadline = time.time() + 60
+        while not seen and time.time() < deadline: # one at work, then 32 that wait; whichever come later are refused
+            time.sleep(0.02)
+        jobs += [asked(k) for k in range(1, 39)]
+        while sum(job.done() for job in jobs) < 6 and time.time() < deadline:
+            time.sleep(0.02)
+        refused = [str(job.exception()) for job in jobs if job.done()]
+        assert len(refused) == 6 and all("queue is full" in r.lower() for r in refused), refused
+        assert len(seen) == 1
+    finally:
+        go_on.set()
+        for job in jobs:
+            job.cancel()
 
 
 def test_every_endpoint_has_a_stable_name(app):

@@ -172,37 +172,27 @@ def test_papermill_refuses_bad_parameters_before_training(lab, tmp_path, key, va
     assert not runs_path(lab).exists()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_papermill_leaves_a_resumable_run(lab, tmp_path, sign):
-    process = papermill(lab, tmp_path / "out.ipynb", ("steps", 100000), ("batch", 16), ("log_every", 5), ("save_every", 10_000), ("name", "pm"))
-    log = runs_path(lab) / "pm" / "metrics.jsonl"
+def ended(sign, lab, out, *params):
+    "The run `pm` and its status, once papermill got `sign` after the first row of its log and the kernel, which outlives it, has come to an end."
+    folder = runs_path(lab) / "pm"
+    process = papermill(lab, out, *params, ("name", "pm"))
     deadline = time.time() + 100
-    while time.time() < deadline and not (log.is_file() and log.stat().st_size):
+    while time.time() < deadline and not ((folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size):
         time.sleep(0.1)
     process.send_signal(sign)
     process.communicate(timeout=60)
-    assert concluded(lab, deadline) == "stopped"
-    run = Run.open(runs_path(lab) / "pm")
-    assert run.step >= 5 and run.verify() == 5
-
-
-def concluded(lab, deadline):
-    "The status of the run `pm` when its process, a kernel that outlives papermill, has come to an end."
-    folder = runs_path(lab) / "pm"
     while time.time() < deadline and held(folder / ".lock"):
         time.sleep(0.1)
-    return json.loads((folder / "status.json").read_text())["status"]
+    return Run.open(folder), json.loads((folder / "status.json").read_text())["status"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_papermill_leaves_a_resumable_run(lab, tmp_path, sign):
+    run, status = ended(sign, lab, tmp_path / "out.ipynb", ("steps", 100000), ("batch", 16), ("log_every", 5), ("save_every", 10_000))
+    assert status == "stopped" and run.step >= 5 and run.verify() == 5
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
 def test_a_kernel_saves_the_run_when_papermill_ends_in_a_long_step(lab, tmp_path, sign): # longer than the second after which a kernel looks for its parent
-    process = papermill(lab, tmp_path / "out.ipynb", ("steps", 100), ("batch", 512), ("log_every", 1), ("save_every", 100), ("name", "pm"))
-    log = runs_path(lab) / "pm" / "metrics.jsonl"
-    deadline = time.time() + 100
-    while time.time() < deadline and not (log.is_file() and log.stat().st_size):
-        time.sleep(0.1)
-    process.send_signal(sign)
-    process.communicate(timeout=60)
-    assert concluded(lab, deadline) == "stopped"
-    run = Run.open(runs_path(lab) / "pm")
-    assert run.step >= 1 and run.verify() == 5
+    run, status = ended(sign, lab, tmp_path / "out.ipynb", ("steps", 100), ("batch", 512), ("log_every", 1), ("save_every", 100))
+    assert status == "stopped" and run.step >= 1 and run.verify() == 5
