@@ -1,9 +1,13 @@
-"""Whether cost grows as it should: training time in steps and in the heads of CUD, sampling time in network calls; and whether memory stands still.
+"""Whether cost grows as it should: training time in steps and in the heads of CUD, sampling time in
+network calls; and whether memory stands still.
 
-Prints slope, intercept and R^2 of every straight line with the machine and the protocol, and writes docs/cost.json and docs/cost.png. On a CPU times are
-processor seconds of one thread, which other work on the machine hardly changes; on a GPU they are seconds of the wall clock. About two minutes on the digits;
+Prints slope, intercept and R^2 of every straight line with the machine and the protocol, and writes
+docs/cost.json and docs/cost.png. On a CPU times are
+processor seconds of one thread, which other work on the machine hardly changes; on a GPU they are
+seconds of the wall clock. About two minutes on the digits;
 `--full` adds the 2.16 M network of MNIST.
 """
+
 import argparse
 import copy
 import ctypes
@@ -16,25 +20,23 @@ from pathlib import Path
 
 import torch
 
-from cudlab.core import Config
-from cudlab.core import device
-from cudlab.core import noise
-from cudlab.core import settings
-from cudlab.core import use_threads
+from cudlab.core import Config, device, noise, settings, use_threads
 from cudlab.cud import CUD
 from cudlab.data import load
 from cudlab.fit import fit
 from cudlab.metrics import machine
-from cudlab.net import Velocity
-from cudlab.net import network
-from cudlab.path import grid
-from cudlab.path import linear
+from cudlab.net import Velocity, network
+from cudlab.path import grid, linear
 from cudlab.rf import RF
-from cudlab.solver import SOLVERS
-from cudlab.solver import solve
-from cudlab.solver import steps_for
+from cudlab.solver import SOLVERS, solve, steps_for
 
-METHODS = {"RF": RF, "CUD K=1": lambda: CUD(heads=1), "CUD K=2": lambda: CUD(heads=2), "CUD K=3": lambda: CUD(heads=3)}
+
+METHODS = {
+    "RF": RF,
+    "CUD K=1": lambda: CUD(heads=1),
+    "CUD K=2": lambda: CUD(heads=2),
+    "CUD K=3": lambda: CUD(heads=3),
+}
 SAMPLERS = ("euler", "ab2", "heun", "dpmpp-2m", "unipc2-bh2")
 CALLS = (1, 2, 4, 8, 16, 32)
 
@@ -56,13 +58,24 @@ def line(points: list) -> dict:
     "Slope, intercept and R^2 of the straight line through (x, y)."
     x, y = zip(*points)
     fitted = statistics.linear_regression(x, y)
-    return {"slope": fitted.slope, "intercept": fitted.intercept, "r2": statistics.correlation(x, y) ** 2, "points": points}
+    return {
+        "slope": fitted.slope,
+        "intercept": fitted.intercept,
+        "r2": statistics.correlation(x, y) ** 2,
+        "points": points,
+    }
 
 
 def training(name: str, method: str, batch: int, where: torch.device):
     "The ticks of an endless training; its network; its data on the device."
     data = load(name, device=str(where))
-    config = Config(data=data.name, batch=batch, steps=10**6, schedule="constant", dtype="float32" if where.type == "cpu" else "auto")
+    config = Config(
+        data=data.name,
+        batch=batch,
+        steps=10**6,
+        schedule="constant",
+        dtype="float32" if where.type == "cpu" else "auto",
+    )
     objective = METHODS[method]()
     torch.manual_seed(0)
     objective.bind(network(name, data.shape, **objective.needs()).to(where), linear, config.steps)
@@ -79,7 +92,9 @@ def forwards(name: str, method: str, where: torch.device) -> float:
 
 
 def in_steps(name: str, batch: int, counts: tuple, rounds: int, where: torch.device) -> dict:
-    "Training time of CUD, K = 1, over the number of steps; each count is a training of its own, from its first step; medians of the rounds."
+    """Training time of CUD, K = 1, over the number of steps; each count is a training of its own,
+    from its first step; medians of the rounds.
+    """
     found = {count: [] for count in counts}
     for _ in range(rounds):
         for count, times in found.items():
@@ -89,13 +104,22 @@ def in_steps(name: str, batch: int, counts: tuple, rounds: int, where: torch.dev
 
 
 def in_heads(name: str, batch: int, block: int, rounds: int, where: torch.device) -> dict:
-    "Time of a training step over the image-forwards it makes; blocks of steps in turn, medians of the rounds."
+    """Time of a training step over the image-forwards it makes; blocks of steps in turn, medians of
+    the rounds.
+    """
     loops = {method: training(name, method, batch, where)[0] for method in METHODS}
     found = {method: [] for method in METHODS}
     for _ in range(rounds + 1):
         for method, ticks in loops.items():
-            found[method].append(seconds(lambda run=ticks: [next(run) for _ in range(block)], where) / block)
-    return line([(forwards(name, method, where), statistics.median(times[1:])) for method, times in found.items()]) | {"names": list(METHODS)}
+            found[method].append(
+                seconds(lambda run=ticks: [next(run) for _ in range(block)], where) / block
+            )
+    return line(
+        [
+            (forwards(name, method, where), statistics.median(times[1:]))
+            for method, times in found.items()
+        ]
+    ) | {"names": list(METHODS)}
 
 
 def in_calls(name: str, batch: int, calls: tuple, rounds: int, where: torch.device) -> dict:
@@ -108,22 +132,37 @@ def in_calls(name: str, batch: int, calls: tuple, rounds: int, where: torch.devi
                 for nfe in calls:
                     if steps := steps_for(SOLVERS[solver], nfe):
                         ts = grid("uniform", steps, finite=SOLVERS[solver].finite).to(where)
-                        found.setdefault((solver, nfe), []).append(seconds(lambda s=solver, at=ts: solve(f, x, at, s), where))
-    return {solver: line([(nfe, statistics.median(times[1:])) for (name, nfe), times in found.items() if name == solver]) for solver in SAMPLERS}
+                        found.setdefault((solver, nfe), []).append(
+                            seconds(lambda s=solver, at=ts: solve(f, x, at, s), where)
+                        )
+    return {
+        solver: line(
+            [
+                (nfe, statistics.median(times[1:]))
+                for (name, nfe), times in found.items()
+                if name == solver
+            ]
+        )
+        for solver in SAMPLERS
+    }
 
 
 def held(where: torch.device) -> float:
-    "Megabytes this process holds: resident memory without what is free to be given back, or what the GPU has allocated."
+    """Megabytes this process holds: resident memory without what is free to be given back, or what
+    the GPU has allocated.
+    """
     gc.collect()
     if where.type == "cuda":
         return torch.cuda.memory_allocated(where) / 1e6
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0) # else a leak could hide in what earlier work has freed
+        ctypes.CDLL(None).malloc_trim(0)  # else a leak could hide in what earlier work has freed
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
 def memory(action, count: int, where: torch.device, every: int = 10) -> dict:
-    "Memory over `count` calls of an action: what each adds, and how far it moves, after the first tenth."
+    """Memory over `count` calls of an action: what each adds, and how far it moves, after the first
+    tenth.
+    """
     action()
     points = []
     for k in range(count):
@@ -132,7 +171,11 @@ def memory(action, count: int, where: torch.device, every: int = 10) -> dict:
             points.append((k + 1, held(where)))
     late = [p for p in points if p[0] > count / 10]
     values = [mb for _, mb in late]
-    return {"slope": statistics.linear_regression(*zip(*late)).slope, "spread": max(values) - min(values), "points": points}
+    return {
+        "slope": statistics.linear_regression(*zip(*late)).slope,
+        "spread": max(values) - min(values),
+        "points": points,
+    }
 
 
 def chart(found: dict, file: Path) -> None:
@@ -142,42 +185,96 @@ def chart(found: dict, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(len(found["nets"]), 4, figsize=(13, 3.1 * len(found["nets"])), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        len(found["nets"]),
+        4,
+        figsize=(13, 3.1 * len(found["nets"])),
+        layout="constrained",
+        squeeze=False,
+    )
     for (name, laws), row in zip(found["nets"].items(), axes):
-        panels = ((f"{name}: training, CUD K=1", "steps", {"": laws["steps"]}), (f"{name}: a step of RF and CUD K=1, 2, 3", "image-forwards a sample", {"": laws["heads"]}),
-                  (f"{name}: a solve", "network calls", laws["calls"]))
+        panels = (
+            (f"{name}: training, CUD K=1", "steps", {"": laws["steps"]}),
+            (
+                f"{name}: a step of RF and CUD K=1, 2, 3",
+                "image-forwards a sample",
+                {"": laws["heads"]},
+            ),
+            (f"{name}: a solve", "network calls", laws["calls"]),
+        )
         for ax, (title, axis, lines) in zip(row, panels):
             for which, fitted in lines.items():
                 x, y = zip(*fitted["points"])
                 dots = ax.plot(x, y, "o", ms=3.5, label=f"{which} R² {fitted['r2']:.4f}".strip())
                 for label, at in zip(fitted.get("names", ()), zip(x, y)):
                     ax.annotate(label, at, (4, -9), textcoords="offset points", fontsize=7)
-                ax.plot([0, max(x)], [fitted["intercept"], fitted["intercept"] + fitted["slope"] * max(x)], lw=1, color=dots[0].get_color())
+                ax.plot(
+                    [0, max(x)],
+                    [fitted["intercept"], fitted["intercept"] + fitted["slope"] * max(x)],
+                    lw=1,
+                    color=dots[0].get_color(),
+                )
             ax.set(title=title, xlabel=axis, ylabel="seconds", ylim=(0, None))
             ax.legend(frameon=False, fontsize=7)
         for which, fitted in laws["memory"].items():
-            row[3].plot(*zip(*fitted["points"]), lw=1.2, label=f"{which}: {fitted['spread']:.1f} MB apart")
+            row[3].plot(
+                *zip(*fitted["points"]), lw=1.2, label=f"{which}: {fitted['spread']:.1f} MB apart"
+            )
         row[3].set(title=f"{name}: memory", xlabel="steps, or solves", ylabel="MB", ylim=(0, None))
         row[3].legend(frameon=False, fontsize=7)
     fig.savefig(file, dpi=100)
 
 
-def laws(name: str, batch: int, counts: tuple, block: int, rounds: int, calls: tuple, steps: int, solves: int, where: torch.device) -> dict:
+def laws(
+    name: str,
+    batch: int,
+    counts: tuple,
+    block: int,
+    rounds: int,
+    calls: tuple,
+    steps: int,
+    solves: int,
+    where: torch.device,
+) -> dict:
     "All laws of one network, printed as they are found."
-    say = lambda what, law, unit: print(f"{name:6} {what:28} {1000 * law['slope']:8.3f} ms {unit}, {1000 * law['intercept']:+8.2f} ms at none, R^2 {law['r2']:.5f}", flush=True)
-    found = {"batch": batch, "parameters": sum(p.numel() for p in network(name, load(name).shape).parameters())}
+    say = lambda what, law, unit: print(
+        f"{name:6} {what:28} {1000 * law['slope']:8.3f} ms {unit}, "
+        f"{1000 * law['intercept']:+8.2f} ms at none, R^2 {law['r2']:.5f}",
+        flush=True,
+    )
+    found = {
+        "batch": batch,
+        "parameters": sum(p.numel() for p in network(name, load(name).shape).parameters()),
+    }
     ticks, objective = training(name, "CUD K=1", batch, where)
-    f, x, ts = Velocity(copy.deepcopy(objective.net).eval()), noise(0, batch, objective.net.shape, where), grid("uniform", 8).to(where)
+    f, x, ts = (
+        Velocity(copy.deepcopy(objective.net).eval()),
+        noise(0, batch, objective.net.shape, where),
+        grid("uniform", 8).to(where),
+    )
     with torch.no_grad():
         sampled = memory(lambda: solve(f, x, ts, "euler"), solves, where)
-    found["memory"] = {f"{steps} training steps": memory(lambda: next(ticks), steps, where), f"{solves} solves of 8 calls": sampled}
+    found["memory"] = {
+        f"{steps} training steps": memory(lambda: next(ticks), steps, where),
+        f"{solves} solves of 8 calls": sampled,
+    }
     for what, law in found["memory"].items():
-        print(f"{name:6} memory over {what:26} {1000 * law['slope']:+8.2f} kB each, {law['spread']:.2f} MB between least and most", flush=True)
+        print(
+            f"{name:6} memory over {what:26} {1000 * law['slope']:+8.2f} kB each, "
+            f"{law['spread']:.2f} MB between least and most",
+            flush=True,
+        )
     found["steps"] = in_steps(name, batch, counts, rounds, where)
     say("training, CUD K=1", found["steps"], "a step")
     found["heads"] = in_heads(name, batch, block, rounds, where)
     say("a step of RF, CUD K=1,2,3", found["heads"], "an image-forward a sample")
-    print("       " + ", ".join(f"{method} {count:g} image-forwards {1000 * spent:.1f} ms" for method, (count, spent) in zip(METHODS, found["heads"]["points"])))
+    print(
+        "       "
+        + ", ".join(
+            f"{method} {count:g} image-forwards {1000 * spent:.1f} ms"
+            for method, (count, spent) in zip(METHODS, found["heads"]["points"])
+        )
+    )
     found["calls"] = in_calls(name, batch, calls, rounds, where)
     for solver, law in found["calls"].items():
         say(f"a solve with {solver}", law, "a call")
@@ -191,8 +288,14 @@ def main(words: list = None) -> None:
     told = ask.parse_args(words)
     where = device(told.device)
     use_threads(1 if where.type == "cpu" else None)
-    found = {"machine": machine(where), "torch": torch.__version__, "clock": "processor seconds of one thread" if where.type == "cpu" else "wall seconds",
-             "protocol": "float32 on a CPU, auto on a GPU; untrained weights; medians of rounds that take turns", "nets": {}}
+    found = {
+        "machine": machine(where),
+        "torch": torch.__version__,
+        "clock": "processor seconds of one thread" if where.type == "cpu" else "wall seconds",
+        "protocol": "float32 on a CPU, auto on a GPU; untrained weights; medians of rounds that "
+        "take turns",
+        "nets": {},
+    }
     print(f"{found['machine']}, torch {found['torch']}, {found['clock']}; {found['protocol']}")
     found["nets"]["digits"] = laws("digits", 32, (15, 30, 60, 120), 10, 5, CALLS, 300, 200, where)
     if told.full:

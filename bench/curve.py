@@ -1,4 +1,7 @@
-"""How long an NFE-quality curve takes on the digits: three solvers, six budgets, three noise seeds, 2,000 samples a point."""
+"""How long an NFE-quality curve takes on the digits: three solvers, six budgets, three noise seeds,
+2,000 samples a point.
+"""
+
 import shutil
 import tempfile
 import time
@@ -6,10 +9,8 @@ from pathlib import Path
 
 import torch
 
-from cudlab.core import settings
-from cudlab.core import use_threads
-from cudlab.metrics import evaluate
-from cudlab.metrics import evaluation
+from cudlab.core import settings, use_threads
+from cudlab.metrics import evaluate, evaluation
 from cudlab.run import Run
 
 
@@ -17,13 +18,28 @@ def curve(name: str = "digits-rf", **choices) -> None:
     "The whole job on a copy of a run without its scores."
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / name
-        shutil.copytree(settings().checkpoints_path / name, folder, ignore=shutil.ignore_patterns("scores.jsonl"))
-        job = evaluation({"run": str(folder), "solvers": "euler ab2 unipc2-bh2", "nfes": "1 2 3 4 6 8", "seeds": "0 1 2"} | choices)
+        shutil.copytree(
+            settings().checkpoints_path / name,
+            folder,
+            ignore=shutil.ignore_patterns("scores.jsonl"),
+        )
+        job = evaluation(
+            {
+                "run": str(folder),
+                "solvers": "euler ab2 unipc2-bh2",
+                "nfes": "1 2 3 4 6 8",
+                "seeds": "0 1 2",
+            }
+            | choices
+        )
         began = time.perf_counter()
         count = len(list(evaluate(Run(folder), job))) - 1
         took = time.perf_counter() - began
         solving = sum(s["seconds"] for s in Run(folder).scores)
-    print(f"curve of {name}: {count} points of {job.n:,} samples in {took:.1f} s on {torch.get_num_threads()} threads, {solving:.1f} s of it samples and their features")
+    print(
+        f"curve of {name}: {count} points of {job.n:,} samples in {took:.1f} s on "
+        f"{torch.get_num_threads()} threads, {solving:.1f} s of it samples and their features"
+    )
 
 
 if __name__ == "__main__":

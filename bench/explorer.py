@@ -1,7 +1,10 @@
-"""What the explorer costs: first picture and whole film, errors, payloads, and how soon the page stands.
+"""What the explorer costs: first picture and whole film, errors, payloads, and how soon the page
+stands.
 
-Times are of the callbacks in this process, on a warm run: what a browser adds is its own. The MNIST network is untrained: its speed is the same.
+Times are of the callbacks in this process, on a warm run: what a browser adds is its own. The MNIST
+network is untrained: its speed is the same.
 """
+
 import statistics
 import subprocess
 import sys
@@ -9,18 +12,21 @@ import tempfile
 import time
 from pathlib import Path
 
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "apps"))
 
 import torch
 
-from cudlab.core import Config
-from cudlab.core import use_threads
+from cudlab.core import Config, use_threads
 
 
 def film(form: dict, rounds: int = 5) -> tuple:
-    "Medians of (first picture, last picture, everything) in seconds, the bare network calls in between, and the bytes of the film."
+    """Medians of (first picture, last picture, everything) in seconds, the bare network calls in
+    between, and the bytes of the film.
+    """
     from views import trajectory
+
     times = []
     for k in range(rounds + 1):
         began, marks, pages = time.perf_counter(), [], []
@@ -34,6 +40,7 @@ def film(form: dict, rounds: int = 5) -> tuple:
 def bare(name: str, count: int, steps: int) -> float:
     "Seconds of so many network calls and nothing else."
     from views.ask import opened
+
     run = opened(name)
     f, x = run.velocity(), torch.randn(count, *run.shape)
     t = torch.full((count,), 0.5)
@@ -48,7 +55,12 @@ def bare(name: str, count: int, steps: int) -> float:
 def ready() -> float:
     "Seconds from the command to the line that says the page is there."
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(ROOT / "apps" / "explorer.py"), "--port", "7990"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "apps" / "explorer.py"), "--port", "7990"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     for line in process.stdout:
         if "ready at" in line:
             break
@@ -59,24 +71,53 @@ def ready() -> float:
 
 
 def main():
-    print(f"page ready {statistics.median(ready() for _ in range(3)):.1f} s after the command (median of 3)")
+    print(
+        f"page ready {statistics.median(ready() for _ in range(3)):.1f} s after the command "
+        "(median of 3)"
+    )
     use_threads()
     with tempfile.TemporaryDirectory() as folder:
         import os
+
         os.environ["CUDLAB_RUNS_PATH"] = folder
-        from cudlab.run import create
-        from cudlab.run import train
+        from cudlab.run import create, train
+
         names = ["digits-cud"]
         try:
-            list(train(create(Config(method="rf", data="mnist", net="mnist", steps=1, batch=2), "bench-mnist")))
+            list(
+                train(
+                    create(
+                        Config(method="rf", data="mnist", net="mnist", steps=1, batch=2),
+                        "bench-mnist",
+                    )
+                )
+            )
             names.append("bench-mnist")
         except ValueError as e:
             print(f"without the MNIST network: {e}")
-        form = dict(run="", weights="ema", head=1, solver="euler", by="steps", amount=16, grid="uniform", seed=0, count=64, label="any", guidance=1.0, lower_order_final="auto", denoise=True)
+        form = dict(
+            run="",
+            weights="ema",
+            head=1,
+            solver="euler",
+            by="steps",
+            amount=16,
+            grid="uniform",
+            seed=0,
+            count=64,
+            label="any",
+            guidance=1.0,
+            lower_order_final="auto",
+            denoise=True,
+        )
         for name in names:
             first, last, whole, size = film(form | dict(run=name), 5 if name == "digits-cud" else 2)
-            print(f"{name}: 64 samples x 16 steps of Euler: first picture {first:.3f} s, film complete {last:.2f} s, charts too {whole:.2f} s; bare network calls {bare(name, 64, 16):.2f} s; film {size / 1e6:.2f} MB; "
-                  f"{torch.get_num_threads()} threads")
+            print(
+                f"{name}: 64 samples x 16 steps of Euler: first picture {first:.3f} s, film "
+                f"complete {last:.2f} s, charts too {whole:.2f} s; bare network calls "
+                f"{bare(name, 64, 16):.2f} s; film {size / 1e6:.2f} MB; "
+                f"{torch.get_num_threads()} threads"
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What each lever on a training step gives by itself: MNIST network (2.16 M), batch 32, one process, variants in turn, medians.
+"""What each lever on a training step gives by itself: MNIST network (2.16 M), batch 32, one
+process, variants in turn, medians.
 
-    python bench/levers.py                   some minutes; the outcome is kept in bench/NOTES.md
-    python bench/levers.py --compile         with torch.compile too, about two minutes more
+python bench/levers.py                   some minutes; the outcome is kept in bench/NOTES.md
+python bench/levers.py --compile         with torch.compile too, about two minutes more
 """
+
 import copy
 import functools
 import statistics
@@ -14,6 +16,7 @@ import torch
 from cudlab.core import use_threads
 from cudlab.net import network
 from cudlab.run import processor
+
 
 BATCH, ROUNDS = 32, 7
 
@@ -30,35 +33,59 @@ def seconds(variants):
 
 
 def passes(compiled=False):
-    "Training pass (forward and backward) and forward without gradient, for arithmetic, layout, size of the parts, compilation."
+    """Training pass (forward and backward) and forward without gradient, for arithmetic, layout,
+    size of the parts, compilation.
+    """
     x, t, g = torch.randn(BATCH, 1, 28, 28), torch.rand(BATCH), torch.randn(BATCH, 1, 28, 28)
     variants = {}
     for name, dtype, layout, parts, compile_it in [
-        ("float32", None, torch.contiguous_format, 1, False), ("float32, channels last", None, torch.channels_last, 1, False),
-        ("bfloat16", torch.bfloat16, torch.contiguous_format, 1, False), ("bfloat16, channels last", torch.bfloat16, torch.channels_last, 1, False),
+        ("float32", None, torch.contiguous_format, 1, False),
+        ("float32, channels last", None, torch.channels_last, 1, False),
+        ("bfloat16", torch.bfloat16, torch.contiguous_format, 1, False),
+        ("bfloat16, channels last", torch.bfloat16, torch.channels_last, 1, False),
         ("bfloat16, in 4 parts", torch.bfloat16, torch.contiguous_format, 4, False),
-        *([("float32, compiled", None, torch.contiguous_format, 1, True), ("bfloat16, compiled", torch.bfloat16, torch.contiguous_format, 1, True)] if compiled else []),
+        *(
+            [
+                ("float32, compiled", None, torch.contiguous_format, 1, True),
+                ("bfloat16, compiled", torch.bfloat16, torch.contiguous_format, 1, True),
+            ]
+            if compiled
+            else []
+        ),
     ]:
         torch.manual_seed(0)
-        net, data = network("mnist", (1, 28, 28)).to(memory_format=layout), x.contiguous(memory_format=layout)
+        net, data = (
+            network("mnist", (1, 28, 28)).to(memory_format=layout),
+            x.contiguous(memory_format=layout),
+        )
         if compile_it:
             net.compile()
 
         def whole(train, net=net, data=data, dtype=dtype, parts=parts):
             for xs, ts, gs in zip(data.chunk(parts), t.chunk(parts), g.chunk(parts)):
-                with torch.set_grad_enabled(train), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                with (
+                    torch.set_grad_enabled(train),
+                    torch.autocast("cpu", dtype, enabled=dtype is not None),
+                ):
                     loss = (net(xs, ts) - gs).square().mean() / parts
                 if train:
                     loss.backward()
             net.zero_grad(set_to_none=True)
 
-        variants[f"{name}: training pass"], variants[f"{name}: forward"] = (lambda once=whole: once(True)), (lambda once=whole: once(False))
+        variants[f"{name}: training pass"], variants[f"{name}: forward"] = (
+            (lambda once=whole: once(True)),
+            (lambda once=whole: once(False)),
+        )
     return seconds(variants)
 
 
 def targets():
     "Two targets one after the other, and in one call."
-    net, x, t = network("mnist", (1, 28, 28)), torch.randn(2 * BATCH, 1, 28, 28), torch.rand(2 * BATCH)
+    net, x, t = (
+        network("mnist", (1, 28, 28)),
+        torch.randn(2 * BATCH, 1, 28, 28),
+        torch.rand(2 * BATCH),
+    )
 
     @torch.no_grad()
     def once(parts):
@@ -66,7 +93,9 @@ def targets():
             for xs, ts in zip(x.chunk(parts), t.chunk(parts)):
                 net(xs, ts)
 
-    return seconds({"two targets, two calls": lambda: once(2), "two targets, one call": lambda: once(1)})
+    return seconds(
+        {"two targets, two calls": lambda: once(2), "two targets, one call": lambda: once(1)}
+    )
 
 
 def updates():
@@ -75,14 +104,24 @@ def updates():
     average, variants = copy.deepcopy(net), {}
     for p in net.parameters():
         p.grad = torch.randn_like(p)
-    for name, options in (("Adam, a loop", {"foreach": False}), ("Adam, foreach", {"foreach": True}), ("Adam, fused", {"fused": True})):
+    for name, options in (
+        ("Adam, a loop", {"foreach": False}),
+        ("Adam, foreach", {"foreach": True}),
+        ("Adam, fused", {"fused": True}),
+    ):
         variants[name] = torch.optim.Adam(net.parameters(), 1e-4, **options).step
     live, mean = [p.detach() for p in net.parameters()], [p.detach() for p in average.parameters()]
-    variants["average, a loop"] = lambda: [a.mul_(0.999).add_(p, alpha=0.001) for a, p in zip(mean, live)]
+    variants["average, a loop"] = lambda: [
+        a.mul_(0.999).add_(p, alpha=0.001) for a, p in zip(mean, live)
+    ]
     variants["average, foreach"] = lambda: torch._foreach_lerp_(mean, live, 0.001)
     grads = [p.grad for p in net.parameters()]
-    variants["is it finite?, asked in Python"] = lambda: all(bool(torch.isfinite(v).all()) for v in grads)
-    variants["is it finite?, of the norm"] = lambda: torch.isfinite(torch.stack(torch._foreach_norm(grads))).all()
+    variants["is it finite?, asked in Python"] = lambda: all(
+        bool(torch.isfinite(v).all()) for v in grads
+    )
+    variants["is it finite?, of the norm"] = lambda: torch.isfinite(
+        torch.stack(torch._foreach_norm(grads))
+    ).all()
     return seconds(variants)
 
 
@@ -90,18 +129,44 @@ def ceilings():
     "GFLOP/s of a convolution of this network and of a matrix product, in both arithmetics."
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        conv, x = torch.nn.Conv2d(64, 64, 3, padding=1).to(dtype), torch.randn(BATCH, 64, 28, 28, dtype=dtype)
+        conv, x = (
+            torch.nn.Conv2d(64, 64, 3, padding=1).to(dtype),
+            torch.randn(BATCH, 64, 28, 28, dtype=dtype),
+        )
         a = torch.randn(2048, 2048, dtype=dtype)
         with torch.no_grad():
-            ms = seconds({"conv": functools.partial(conv, x), "matmul": functools.partial(torch.matmul, a, a)})
-        found |= {f"convolution 3x3, 64 channels, {dtype}": 2 * BATCH * 784 * 64 * 64 * 9 / ms["conv"] / 1e6, f"matrix product 2048, {dtype}": 2 * 2048**3 / ms["matmul"] / 1e6}
+            ms = seconds(
+                {
+                    "conv": functools.partial(conv, x),
+                    "matmul": functools.partial(torch.matmul, a, a),
+                }
+            )
+        found |= {
+            f"convolution 3x3, 64 channels, {dtype}": 2
+            * BATCH
+            * 784
+            * 64
+            * 64
+            * 9
+            / ms["conv"]
+            / 1e6,
+            f"matrix product 2048, {dtype}": 2 * 2048**3 / ms["matmul"] / 1e6,
+        }
     return found
 
 
 if __name__ == "__main__":
     use_threads()
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {BATCH}")
-    for title, rows, unit in (("passes", passes("--compile" in sys.argv), "ms"), ("targets", targets(), "ms"), ("updates", updates(), "ms"), ("ceilings", ceilings(), "GFLOP/s")):
+    print(
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"batch {BATCH}"
+    )
+    for title, rows, unit in (
+        ("passes", passes("--compile" in sys.argv), "ms"),
+        ("targets", targets(), "ms"),
+        ("updates", updates(), "ms"),
+        ("ceilings", ceilings(), "GFLOP/s"),
+    ):
         print(f"-- {title}")
         for name, value in rows.items():
             print(f"{name:46} {value:9.2f} {unit}")

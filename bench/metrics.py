@@ -1,8 +1,12 @@
-"""Seconds of the distances at the size of a published score, 50,000 samples of 2,048 features a side, beside torchmetrics and numpy with scipy.
+"""Seconds of the distances at the size of a published score, 50,000 samples of 2,048 features a
+side, beside torchmetrics and numpy with scipy.
 
-Everything in one process on the same features, which are random with the falling spectrum that trained ones have. The data's own part (`gaussian`)
-is computed once for all scores; the others print what each score costs. Without a GPU the ratios are those of processor seconds, which other work on the machine hardly changes.
+Everything in one process on the same features, which are random with the falling spectrum that
+trained ones have. The data's own part (`gaussian`)
+is computed once for all scores; the others print what each score costs. Without a GPU the ratios
+are those of processor seconds, which other work on the machine hardly changes.
 """
+
 import argparse
 import functools
 import resource
@@ -12,23 +16,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from cudlab.core import Rng
-from cudlab.core import device
-from cudlab.core import use_threads
-from cudlab.metrics import Reference
-from cudlab.metrics import density_coverage
-from cudlab.metrics import frechet
-from cudlab.metrics import frechet_jackknife
-from cudlab.metrics import frechet_limit
-from cudlab.metrics import gaussian
-from cudlab.metrics import kernel_distance
-from cudlab.metrics import machine
-from cudlab.metrics import precision_recall
+from cudlab.core import Rng, device, use_threads
+from cudlab.metrics import (
+    Reference,
+    density_coverage,
+    frechet,
+    frechet_jackknife,
+    frechet_limit,
+    gaussian,
+    kernel_distance,
+    machine,
+    precision_recall,
+)
 
 
 def drawn(name: str, n: int, dim: int, where: torch.device, scale: float = 1.0) -> torch.Tensor:
     "Features with a falling spectrum and a mean, (n, dim)."
-    mix = Rng(0, device=where).normal("mix", dim, (dim,)) * torch.linspace(0, -4, dim, device=where).exp()[:, None] / dim**0.5
+    mix = (
+        Rng(0, device=where).normal("mix", dim, (dim,))
+        * torch.linspace(0, -4, dim, device=where).exp()[:, None]
+        / dim**0.5
+    )
     out = torch.empty(n, dim, device=where)
     for at in range(0, n, 1000):
         index = torch.arange(at, min(at + 1000, n))
@@ -45,7 +53,10 @@ def clock(name: str, action, note: str = "") -> tuple:
     wait()
     took, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{name:44} {took:7.1f} s, {cpu:6.1f} s of processor; peak so far {peak:.2f} GB{note}", flush=True)
+    print(
+        f"{name:44} {took:7.1f} s, {cpu:6.1f} s of processor; peak so far {peak:.2f} GB{note}",
+        flush=True,
+    )
     return took if torch.cuda.is_available() else cpu, value
 
 
@@ -65,7 +76,11 @@ def torchmetrics_fid(a: torch.Tensor, b: torch.Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     dim = a.shape[1]
-    oracle = FrechetInceptionDistance(feature=Flat(dim), input_img_size=(1, 1, dim), normalize=True).set_dtype(torch.float64).to(a.device)
+    oracle = (
+        FrechetInceptionDistance(feature=Flat(dim), input_img_size=(1, 1, dim), normalize=True)
+        .set_dtype(torch.float64)
+        .to(a.device)
+    )
     for features, real in ((b, True), (a, False)):
         for rows in features.split(1000):
             oracle.update(rows[:, None, None].double(), real=real)
@@ -78,7 +93,12 @@ def scipy_fid(a: torch.Tensor, b: torch.Tensor) -> float:
 
     a, b = (x.cpu().numpy().astype(np.float64) for x in (a, b))
     ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * np.trace(sqrtm(ca @ cb).real))
+    return float(
+        ((a.mean(0) - b.mean(0)) ** 2).sum()
+        + np.trace(ca)
+        + np.trace(cb)
+        - 2 * np.trace(sqrtm(ca @ cb).real)
+    )
 
 
 def ours(a: torch.Tensor, b: torch.Tensor) -> tuple:
@@ -86,7 +106,9 @@ def ours(a: torch.Tensor, b: torch.Tensor) -> tuple:
     real = Reference(b)
     once, _ = clock("gaussian of the data, once for all scores", lambda: real.once(gaussian))
     each, value = clock("frechet", lambda: frechet(a, real))
-    held, (same, low, high) = clock("frechet_jackknife (value and interval)", lambda: frechet_jackknife(a, real))
+    held, (same, low, high) = clock(
+        "frechet_jackknife (value and interval)", lambda: frechet_jackknife(a, real)
+    )
     print(f"  {value:.6f}, with its interval {same:.6f} [{low:.6f}, {high:.6f}]")
     clock("frechet_limit", lambda: frechet_limit(a, real))
     for distance in (kernel_distance, precision_recall, density_coverage):
@@ -103,12 +125,21 @@ def main(words: list = None) -> None:
     told = ask.parse_args(words)
     use_threads()
     where = device(told.device)
-    print(f"{told.n:,} x {told.dim:,} features a side, float64, {machine(where)}, torch {torch.__version__}")
+    print(
+        f"{told.n:,} x {told.dim:,} features a side, float64, {machine(where)}, torch "
+        f"{torch.__version__}"
+    )
     a, b = drawn("a", told.n, told.dim, where, 1.1), drawn("b", told.n, told.dim, where)
     each, both, value = ours(a, b)
-    for name, theirs in () if told.ours else (("torchmetrics", torchmetrics_fid), ("numpy and scipy", scipy_fid)):
+    for name, theirs in (
+        () if told.ours else (("torchmetrics", torchmetrics_fid), ("numpy and scipy", scipy_fid))
+    ):
         took, other = clock(f"{name}, value alone", functools.partial(theirs, a, b))
-        print(f"  {other:.6f}, apart from ours by {abs(other - value) / value:.1e}; {took / each:.2f} x our time for the value, {took / both:.2f} x for value and interval")
+        print(
+            f"  {other:.6f}, apart from ours by {abs(other - value) / value:.1e}; "
+            f"{took / each:.2f} x our time for the value, {took / both:.2f} x for value "
+            "and interval"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What `solve` and the run around it cost beyond the bare network calls, and how long the package takes to import."""
+"""What `solve` and the run around it cost beyond the bare network calls, and how long the package
+takes to import.
+"""
+
 import statistics
 import subprocess
 import sys
@@ -6,13 +9,10 @@ import time
 
 import torch
 
-from cudlab.core import noise
-from cudlab.core import use_threads
-from cudlab.net import Velocity
-from cudlab.net import network
+from cudlab.core import noise, use_threads
+from cudlab.net import Velocity, network
 from cudlab.path import grid
-from cudlab.solver import SOLVERS
-from cudlab.solver import solve
+from cudlab.solver import SOLVERS, solve
 
 
 def seconds(action) -> float:
@@ -21,11 +21,16 @@ def seconds(action) -> float:
     return time.perf_counter() - began
 
 
-def overhead(name: str, shape: tuple, batch: int, solvers: tuple, steps: int = 8, rounds: int = 15) -> None:
+def overhead(
+    name: str, shape: tuple, batch: int, solvers: tuple, steps: int = 8, rounds: int = 15
+) -> None:
     "Ratio of a solve to as many bare calls, measured in turn."
     net = network(name, shape).eval()
     x = noise(0, batch, shape)
-    t, ts = torch.full((batch,), 0.5), {finite: grid("uniform", steps, finite=finite) for finite in (False, True)}
+    t, ts = (
+        torch.full((batch,), 0.5),
+        {finite: grid("uniform", steps, finite=finite) for finite in (False, True)},
+    )
 
     def bare(calls):
         for _ in range(calls):
@@ -35,22 +40,42 @@ def overhead(name: str, shape: tuple, batch: int, solvers: tuple, steps: int = 8
         bare(4 * steps)
         for solver in solvers:
             calls, times = SOLVERS[solver].calls(steps), ts[SOLVERS[solver].finite]
-            ratios = sorted(seconds(lambda s=solver, at=times: solve(Velocity(net), x, at, s)) / seconds(lambda n=calls: bare(n)) for _ in range(rounds))
-            print(f"solve {solver:11} {steps} steps, {name} network, batch {batch}: {statistics.median(ratios):.3f} x {calls} bare calls "
-                  f"(quartiles {ratios[rounds // 4]:.3f} to {ratios[3 * rounds // 4]:.3f})")
+            ratios = sorted(
+                seconds(lambda s=solver, at=times: solve(Velocity(net), x, at, s))
+                / seconds(lambda n=calls: bare(n))
+                for _ in range(rounds)
+            )
+            print(
+                f"solve {solver:11} {steps} steps, {name} network, batch {batch}: "
+                f"{statistics.median(ratios):.3f} x {calls} bare calls "
+                f"(quartiles {ratios[rounds // 4]:.3f} to {ratios[3 * rounds // 4]:.3f})"
+            )
 
 
 def imports(rounds: int = 7) -> None:
     "Seconds that `import cudlab.run` takes beyond `import torch`, fresh processes in turn."
     clock = "import time; a = time.perf_counter(); import {}; print(time.perf_counter() - a)"
-    once = lambda what: float(subprocess.run([sys.executable, "-c", what], capture_output=True, text=True, check=True).stdout)
+    once = lambda what: float(
+        subprocess.run(
+            [sys.executable, "-c", what], capture_output=True, text=True, check=True
+        ).stdout
+    )
     for module in ("cudlab", "cudlab.run"):
         extra = [once("import torch;" + clock.format(module)) for _ in range(rounds)]
-        print(f"import {module}: {statistics.median(extra):.3f} s beyond import torch (median of {rounds})")
+        print(
+            f"import {module}: {statistics.median(extra):.3f} s beyond import torch (median of "
+            f"{rounds})"
+        )
 
 
 if __name__ == "__main__":
     use_threads()
     overhead("digits", (1, 8, 8), 64, ("euler", "ab2", "ab4", "heun"))
-    overhead("mnist", (1, 28, 28), 32, tuple(name for name, entry in SOLVERS.items() if entry.calls and entry.calls(9) == 9), rounds=5)
+    overhead(
+        "mnist",
+        (1, 28, 28),
+        32,
+        tuple(name for name, entry in SOLVERS.items() if entry.calls and entry.calls(9) == 9),
+        rounds=5,
+    )
     imports()

@@ -1,17 +1,15 @@
-"""What the larger plots cost: milliseconds of processor time to build them and to write them as JSON, and the kilobytes a page receives."""
+"""What the larger plots cost: milliseconds of processor time to build them and to write them as
+JSON, and the kilobytes a page receives.
+"""
+
 import statistics
 import time
 
 import torch
 
-from cudlab.core import noise
-from cudlab.core import use_threads
+from cudlab.core import noise, use_threads
 from cudlab.path import grid
-from cudlab.plot import motion
-from cudlab.plot import moves
-from cudlab.plot import paths
-from cudlab.plot import plane
-from cudlab.plot import tradeoff
+from cudlab.plot import motion, moves, paths, plane, tradeoff
 
 
 def milliseconds(action, rounds: int = 15) -> float:
@@ -31,14 +29,29 @@ def cases() -> dict:
     flat, solid = (torch.stack([noise(0, 256, (d,)) * (0.2 + 0.8 * t) for t in ts]) for d in (2, 3))
     field = torch.stack([at * (0.2 + t) for t in ts])
     values = noise(1, 64, (16,)).abs().T
-    scores = [dict(run=f"run {r}", solver="euler", nfe=n, fd=10 / n + r + 0.1 * s, seed=s, extractor="e", n=1000) for r in range(12) for n in (1, 2, 3, 4, 6, 8, 16, 32) for s in range(3)]
+    scores = [
+        dict(
+            run=f"run {r}",
+            solver="euler",
+            nfe=n,
+            fd=10 / n + r + 0.1 * s,
+            seed=s,
+            extractor="e",
+            n=1000,
+        )
+        for r in range(12)
+        for n in (1, 2, 3, 4, 6, 8, 16, 32)
+        for s in range(3)
+    ]
     return {
         "paths in 2-D, 256 x 17": lambda: paths(flat, torch.tensor([0.5, 0.3])),
         "paths in 3-D, 256 x 17": lambda: paths(solid, torch.tensor([0.5, 0.3, 0.1])),
         "plane, 256 x 17": lambda: plane(flat, flat[0]),
         "motion, 128 x 17": lambda: motion(flat[:, :128], ts, flat[0]),
         "motion, 128 x 17, field of 15 x 15": lambda: motion(flat[:, :128], ts, flat[0], field, at),
-        "moves, 6 panels of 16 x 64": lambda: moves({f"panel {k} (unit)": values for k in range(6)}, ts),
+        "moves, 6 panels of 16 x 64": lambda: moves(
+            {f"panel {k} (unit)": values for k in range(6)}, ts
+        ),
         "tradeoff, 12 lines of 8 points, 3 seeds": lambda: tradeoff(scores),
     }
 
@@ -47,4 +60,7 @@ if __name__ == "__main__":
     use_threads()
     for name, make in cases().items():
         fig = make()
-        print(f"{name:42} {milliseconds(make):6.1f} ms to build {milliseconds(fig.to_json):6.1f} ms to write {len(fig.to_json()) / 1000:7.1f} kB")
+        print(
+            f"{name:42} {milliseconds(make):6.1f} ms to build {milliseconds(fig.to_json):6.1f} ms "
+            f"to write {len(fig.to_json()) / 1000:7.1f} kB"
+        )

@@ -1,4 +1,7 @@
-"""How long it takes to list a thousand runs: the first time in a process, again, and after one of them changed."""
+"""How long it takes to list a thousand runs: the first time in a process, again, and after one of
+them changed.
+"""
+
 import json
 import os
 import shutil
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from cudlab.core import settings
 from cudlab.run import runs
+
 
 COUNT = 1000
 BIG = 8  # bytes from which a file is only as long as it should be: listing never reads weights
@@ -44,7 +48,10 @@ def main() -> None:
             manifest = Path(folder) / f"digits-cud-aim8-{i:04d}" / "MANIFEST.json"
             manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"step": i}))
             times.append(seconds(runs))
-        print(f"{COUNT} runs listed: {cold:.3f} s cold, {sorted(warm)[2]:.3f} s warm, {sorted(times)[2]:.3f} s after one changed (medians of 5)")
+        print(
+            f"{COUNT} runs listed: {cold:.3f} s cold, {sorted(warm)[2]:.3f} s warm, "
+            f"{sorted(times)[2]:.3f} s after one changed (medians of 5)"
+        )
 
 
 if __name__ == "__main__":

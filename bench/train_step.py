@@ -1,13 +1,19 @@
-"""Images per second of a CUD training step against a plain eager loop: same MNIST network, batch 32, K = 1, 2, 3, same process.
+"""Images per second of a CUD training step against a plain eager loop: same MNIST network, batch
+32, K = 1, 2, 3, same process.
 
-The plain loop is what one would write first: float32, default memory layout, every forward run separately (the stages, the target of each head, then
-the training forward), the optimiser's default, a Python loop for the average. Ours is `fit` as it stands. Blocks of steps alternate, so that both see the
-same machine, and the median of their ratios is printed. What each lever gave by itself is in bench/NOTES.md.
+The plain loop is what one would write first: float32, default memory layout, every forward run
+separately (the stages, the target of each head, then
+the training forward), the optimiser's default, a Python loop for the average. Ours is `fit` as it
+stands. Blocks of steps alternate, so that both see the
+same machine, and the median of their ratios is printed. What each lever gave by itself is in
+bench/NOTES.md.
 
     python bench/train_step.py               seconds of a step
     python bench/train_step.py --compile     ours with torch.compile, a minute of set-up for each K
-    python bench/train_step.py --loss        both loops for 200 steps on the same batches: mean loss of the last 50, three seeds (an hour)
+    python bench/train_step.py --loss        both loops for 200 steps on the same batches: mean loss
+    of the last 50, three seeds (an hour)
 """
+
 import copy
 import statistics
 import sys
@@ -15,25 +21,24 @@ import time
 
 import torch
 
-from cudlab.core import Config
-from cudlab.core import Rng
-from cudlab.core import use_threads
-from cudlab.cud import CUD
-from cudlab.cud import draw
-from cudlab.cud import nodes
+from cudlab.core import Config, Rng, use_threads
+from cudlab.cud import CUD, draw, nodes
 from cudlab.data import load
-from cudlab.fit import arithmetic
-from cudlab.fit import fit
+from cudlab.fit import arithmetic, fit
 from cudlab.net import network
 from cudlab.path import linear
+
 
 BATCH, BLOCK, ROUNDS, LOW = 32, 3, 7, 1e-5
 
 
 class Pictures:
     "A resident set of 28x28 images; the speed does not depend on what they show."
+
     shape = (1, 28, 28)
-    pixels = torch.randint(0, 256, (4096, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (4096, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
     def batch(self, seed, step, n):
         start = step * n % (len(self.pixels) - n)
@@ -55,8 +60,14 @@ def plain(data, heads, seed=0):
         with torch.no_grad():
             w = lambda x, t: net(x, t.clamp(LOW, 1))
             states = nodes(w, xt, t, h, w(xt, t), heads, "corrected")
-            targets = [torch.where((t - j * h >= LOW - 1e-6)[:, None, None, None], w(z, t - j * h), g) for j, z in enumerate(states, 1)]
-        loss = sum((out - target).square().mean() + (out - g).square().mean() for out, target in zip(net.heads(xt, t), targets))
+            targets = [
+                torch.where((t - j * h >= LOW - 1e-6)[:, None, None, None], w(z, t - j * h), g)
+                for j, z in enumerate(states, 1)
+            ]
+        loss = sum(
+            (out - target).square().mean() + (out - g).square().mean()
+            for out, target in zip(net.heads(xt, t), targets)
+        )
         for group in optim.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 100)
         optim.zero_grad()
@@ -96,8 +107,12 @@ def speed(heads):
     ratios = sorted(a / b for a, b in zip(seconds["plain"][1:], seconds["cudlab"][1:]))
     best = {name: BATCH / statistics.median(s[1:]) for name, s in seconds.items()}
     dtype = str(arithmetic(Config(), torch.device("cpu"), data.shape)).removeprefix("torch.")
-    print(f"training step, K = {heads}, 2.16 M network, batch {BATCH}, {torch.get_num_threads()} threads, {dtype}: {best['cudlab']:.1f} img/s, plain loop {best['plain']:.1f}, "
-          f"{statistics.median(ratios):.2f} x (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+    print(
+        f"training step, K = {heads}, 2.16 M network, batch {BATCH}, {torch.get_num_threads()} "
+        f"threads, {dtype}: {best['cudlab']:.1f} img/s, plain loop {best['plain']:.1f}, "
+        f"{statistics.median(ratios):.2f} x (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})",
+        flush=True,
+    )
 
 
 def losses(steps=200, last=50):
@@ -109,7 +124,11 @@ def losses(steps=200, last=50):
             for name, loop in (("plain", plain), ("cudlab", ours)):
                 values = [value for value, _ in zip(loop(data, heads, seed), range(steps))]
                 ends[name] = statistics.fmean(values[-last:])
-            print(f"K = {heads}, seed {seed}: mean loss of steps {steps - last + 1} to {steps}: plain loop {ends['plain']:.4f}, cudlab {ends['cudlab']:.4f}", flush=True)
+            print(
+                f"K = {heads}, seed {seed}: mean loss of steps {steps - last + 1} to {steps}: "
+                f"plain loop {ends['plain']:.4f}, cudlab {ends['cudlab']:.4f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """One thread a process, no telemetry, and nothing a test trains lands in the checkout."""
+
 import os
 import tempfile
 from pathlib import Path
+
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -9,13 +11,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
 
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: more than ten seconds on two cores")
     config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none")
-    config.addinivalue_line("markers", "browser: needs Chromium; a missing one fails in CI and skips elsewhere")
+    config.addinivalue_line(
+        "markers", "browser: needs Chromium; a missing one fails in CI and skips elsewhere"
+    )
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,7 @@
-"Losses, gradient norms and end weights of some short trainings, printed by process 0; started alone or by torchrun (test_team.py)."
+"""Losses, gradient norms and end weights of some short trainings, printed by process 0; started alone
+or by torchrun (test_team.py).
+"""
+
 import gc
 import json
 import sys
@@ -7,8 +10,8 @@ from pathlib import Path
 import torch
 
 from cudlab.core import joined
-from cudlab.run import build
-from cudlab.run import parameters
+from cudlab.run import build, parameters
+
 
 torch.set_num_threads(1)
 with joined() as team:
@@ -16,13 +19,39 @@ with joined() as team:
         config, _ = parameters(job)
         objective, data = build(config, "cpu")
         ticks = list(objective.fit(data, config))
-        weights = {name: sum(p.double().square().sum().item() for p in m.parameters()) for name, m in (objective.players | {f"average {k}": v for k, v in objective.ema.items()}).items()}
-        bits = torch.cat([p.detach().flatten() for p in objective.net.parameters()] or [torch.zeros(0)]).view(torch.int32).sum(dtype=torch.long)
-        assert team.most(int(bits)) == -team.most(-int(bits)), "the processes have different weights"
+        weights = {
+            name: sum(p.double().square().sum().item() for p in m.parameters())
+            for name, m in (
+                objective.players | {f"average {k}": v for k, v in objective.ema.items()}
+            ).items()
+        }
+        bits = (
+            torch.cat(
+                [p.detach().flatten() for p in objective.net.parameters()] or [torch.zeros(0)]
+            )
+            .view(torch.int32)
+            .sum(dtype=torch.long)
+        )
+        assert team.most(int(bits)) == -team.most(-int(bits)), (
+            "the processes have different weights"
+        )
         if team.rank == 0:
-            rows = [{k: v.item() for k, v in (t.losses | {f"norm of {n}": g for n, g in t.grad_norm.items()}).items()} for t in ticks]
+            rows = [
+                {
+                    k: v.item()
+                    for k, v in (
+                        t.losses | {f"norm of {n}": g for n, g in t.grad_norm.items()}
+                    ).items()
+                }
+                for t in ticks
+            ]
             print(json.dumps({"losses": rows, "weights": weights}), flush=True)
 del objective, ticks
 gc.collect()
-threads = [name for task in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := task.read_text())]
-assert not threads, f"the team is over and its threads are not: {threads}; at the interpreter's end they may abort the process"
+threads = [
+    name for task in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := task.read_text())
+]
+assert not threads, (
+    f"the team is over and its threads are not: {threads}; at the interpreter's end they may "
+    "abort the process"
+)

@@ -1,4 +1,7 @@
-"""The explorer in a real browser: filled on the first visit, every view at three widths and in both themes, by hand, by keyboard and by link."""
+"""The explorer in a real browser: filled on the first visit, every view at three widths and in both
+themes, by hand, by keyboard and by link.
+"""
+
 import json
 import re
 import shutil
@@ -6,15 +9,19 @@ from pathlib import Path
 
 import pytest
 
+
 pytest.importorskip("gradio")
 
-from test_explorer import make_lab
-from test_explorer import start_server
-from test_explorer import stop_server
+from test_explorer import make_lab, start_server, stop_server
+
 
 pytestmark = pytest.mark.browser
 SHOTS = Path(__file__).resolve().parent.parent / "screenshots"
-WIDE, NARROW, HUGE = dict(width=1280, height=900), dict(width=390, height=844), dict(width=2560, height=1300)
+WIDE, NARROW, HUGE = (
+    dict(width=1280, height=900),
+    dict(width=390, height=844),
+    dict(width=2560, height=1300),
+)
 VIEWS = ("Trajectory", "Velocity", "Trade-off", "Compare", "Runs", "Live")
 
 
@@ -34,25 +41,51 @@ def address(chromium, lab_env):
 def browser(chromium):
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"],
+        )
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def visit(browser, address):
-    "Open the page at a size and in a theme; at the end the console must be clean and no request may have left the machine."
+    """Open the page at a size and in a theme; at the end the console must be clean and no request
+    may have left the machine.
+    """
     pages, complaints = [], []
 
     def open_page(size=WIDE, theme="light", run="digits-run", query="", at=address):
         page = browser.new_page(viewport=size)
         page.set_default_timeout(60_000)
-        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" and "favicon" not in m.location.get("url", "") else None)
+        page.on(
+            "console",
+            lambda m: (
+                complaints.append(m.text)
+                if m.type == "error" and "favicon" not in m.location.get("url", "")
+                else None
+            ),
+        )
         page.on("pageerror", lambda e: complaints.append(str(e)))
-        page.on("response", lambda r: complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        page.on("request", lambda r: complaints.append(f"left the machine: {r.url}") if not r.url.startswith((at, "data:", "blob:")) else None)
+        page.on(
+            "response",
+            lambda r: complaints.append(f"{r.status}: {r.url}") if r.status >= 400 else None,
+        )
+        page.on(
+            "request",
+            lambda r: (
+                complaints.append(f"left the machine: {r.url}")
+                if not r.url.startswith((at, "data:", "blob:"))
+                else None
+            ),
+        )
         page.goto(f"{at}?__theme={theme}&run={run}{query}")
-        page.wait_for_function("document.querySelectorAll('#film .col').length > 1 || document.querySelector('#motion .main-svg') || document.querySelector('#line .about')", timeout=90_000)
+        page.wait_for_function(
+            "document.querySelectorAll('#film .col').length > 1 || "
+            "document.querySelector('#motion .main-svg') || document.querySelector('#line .about')",
+            timeout=90_000,
+        )
         pages.append(page)
         return page
 
@@ -63,11 +96,18 @@ def visit(browser, address):
 
 
 def columns(page, n):
-    page.wait_for_function("n => document.querySelectorAll('#film .col').length === n && document.querySelectorAll('#film .col img[data-layer=hat]').length === n", arg=n, timeout=90_000)
+    page.wait_for_function(
+        "n => document.querySelectorAll('#film .col').length === n && "
+        "document.querySelectorAll('#film .col img[data-layer=hat]').length === n",
+        arg=n,
+        timeout=90_000,
+    )
 
 
 def pictures(page, layer="x"):
-    return page.locator(f"#film .col img[data-layer={layer}]").evaluate_all("images => images.map((i) => i.src)")
+    return page.locator(f"#film .col img[data-layer={layer}]").evaluate_all(
+        "images => images.map((i) => i.src)"
+    )
 
 
 def go_to(page, name):
@@ -80,7 +120,14 @@ def go_to(page, name):
     page.wait_for_function("name => document.body.dataset.view === name", arg=name.lower())
 
 
-READY = {"Trajectory": "#paths .main-svg", "Velocity": "#panels .main-svg", "Trade-off": "#chart .main-svg", "Compare": "#contest", "Runs": "#runs-table tbody tr", "Live": "#job"}
+READY = {
+    "Trajectory": "#paths .main-svg",
+    "Velocity": "#panels .main-svg",
+    "Trade-off": "#chart .main-svg",
+    "Compare": "#contest",
+    "Runs": "#runs-table tbody tr",
+    "Live": "#job",
+}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -89,8 +136,15 @@ def test_every_view_at_every_width_in_both_themes(visit, size, theme):
     page = visit(size, theme)
     columns(page, 9)
     assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
-    assert all(page.locator("#film .col img").evaluate_all("images => images.map(i => i.alt.length > 20 && i.complete && i.naturalWidth > 0)"))
-    assert page.locator("#film .col img").first.evaluate("i => getComputedStyle(i).imageRendering") == "pixelated"
+    assert all(
+        page.locator("#film .col img").evaluate_all(
+            "images => images.map(i => i.alt.length > 20 && i.complete && i.naturalWidth > 0)"
+        )
+    )
+    assert (
+        page.locator("#film .col img").first.evaluate("i => getComputedStyle(i).imageRendering")
+        == "pixelated"
+    )
     SHOTS.mkdir(exist_ok=True)
     for name in VIEWS:
         go_to(page, name)
@@ -129,18 +183,28 @@ def test_scrubbing_playing_and_enlarging_ask_the_server_nothing(visit):
     page.on("request", lambda r: asked.append(r.url) if not r.url.startswith("data:") else None)
     spent = page.evaluate("""() => { const range = document.querySelector('.scrub'), begun = performance.now();
         for (let k = 0; k <= 8; k++) { range.value = k; range.dispatchEvent(new Event('input')); document.body.offsetHeight; } return (performance.now() - begun) / 9; }""")
-    assert page.locator(".reel .words").inner_text().startswith("step 8 of 8") and spent < 500 # a stall, not a benchmark: bench/explorer.py measures
+    assert (
+        page.locator(".reel .words").inner_text().startswith("step 8 of 8") and spent < 500
+    )  # a stall, not a benchmark: bench/explorer.py measures
     cells = page.locator("#film .col").nth(2).locator(".cells")
     box = cells.bounding_box()
     page.mouse.click(box["x"] + 10, box["y"] + box["height"] * 5.5 / 8)
     words = page.locator(".reel .words").inner_text()
     assert "step 2 of 8" in words and "sample 6" in words
-    background = page.locator(".stage figure[data-layer=x] .cell").evaluate("e => e.style.backgroundImage")
+    background = page.locator(".stage figure[data-layer=x] .cell").evaluate(
+        "e => e.style.backgroundImage"
+    )
     assert pictures(page)[2] in background
     page.locator(".layers button", has_text="estimate").click()
-    assert page.locator("#film .col").nth(2).locator("img[data-layer=hat]").is_visible() and not page.locator("#film .col").nth(2).locator("img[data-layer=x]").is_visible()
+    assert (
+        page.locator("#film .col").nth(2).locator("img[data-layer=hat]").is_visible()
+        and not page.locator("#film .col").nth(2).locator("img[data-layer=x]").is_visible()
+    )
     page.get_by_role("button", name="play").click()
-    page.wait_for_function("document.querySelector('.reel .words').textContent.includes('step 8 of 8') && !cudlab.reel.timer")
+    page.wait_for_function(
+        "document.querySelector('.reel .words').textContent.includes('step 8 of 8') && "
+        "!cudlab.reel.timer"
+    )
     page.wait_for_timeout(400)
     assert not asked, asked
     assert "layer=hat" in page.url and "pick=6" in page.url
@@ -152,7 +216,9 @@ def test_errors_are_measured_when_their_layer_is_wanted(visit):
     before = pictures(page)
     page.locator(".layers button", has_text="local error").click()
     page.locator("#checked", has_text="Held against the flow of").wait_for()
-    page.wait_for_function("document.querySelectorAll('#film .col img[data-layer=error]').length === 8")
+    page.wait_for_function(
+        "document.querySelectorAll('#film .col img[data-layer=error]').length === 8"
+    )
     page.wait_for_function("document.querySelector('.reel').dataset.layer === 'error'")
     assert pictures(page) == before and "red is" in page.locator(".reel .note").inner_text()
     go_to(page, "Velocity")
@@ -176,8 +242,14 @@ def test_the_keyboard_is_enough(visit):
     page.keyboard.press("Space")
     page.wait_for_function("!cudlab.reel.timer")
     page.keyboard.press("r")
-    page.wait_for_function("old => { const now = [...document.querySelectorAll('#film .col img[data-layer=x]')].map((i) => i.src); return now.length === 9 && now[0] !== old; }", arg=first[0])
-    page.wait_for_function("document.querySelector('#numbers').textContent.toLowerCase().includes('nfe counted')")
+    page.wait_for_function(
+        "old => { const now = [...document.querySelectorAll('#film .col "
+        "img[data-layer=x]')].map((i) => i.src); return now.length === 9 && now[0] !== old; }",
+        arg=first[0],
+    )
+    page.wait_for_function(
+        "document.querySelector('#numbers').textContent.toLowerCase().includes('nfe counted')"
+    )
     assert seed.input_value() != "0"
     page.keyboard.press("Shift+?")
     page.locator("dialog#keys[open]").wait_for()
@@ -192,7 +264,11 @@ def test_the_keyboard_is_enough(visit):
     page.keyboard.press("Tab")
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("s")
-    page.wait_for_function("old => JSON.stringify([...document.querySelectorAll('#film .col img[data-layer=x]')].map((i) => i.src)) === old", arg=json.dumps(first, separators=(",", ":")))
+    page.wait_for_function(
+        "old => JSON.stringify([...document.querySelectorAll('#film .col "
+        "img[data-layer=x]')].map((i) => i.src)) === old",
+        arg=json.dumps(first, separators=(",", ":")),
+    )
     page.get_by_role("button", name="Sample", exact=True).focus()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent").strip() == "New seed"
@@ -220,8 +296,13 @@ def test_points_of_the_plane_move(visit):
     page = visit(run="moons-run")
     page.wait_for_function("document.querySelector('#motion .slider-container')")
     page.locator("#numbers dt", has_text="NFE counted").wait_for()
-    place = "[...document.querySelectorAll('#motion .points path')].slice(0, 4).map((p) => p.getAttribute('transform')).join()"
-    page.wait_for_function("document.querySelector('#motion .js-plotly-plot')._transitionData._frames.length === 9")
+    place = (
+        "[...document.querySelectorAll('#motion .points path')].slice(0, 4).map((p) => "
+        "p.getAttribute('transform')).join()"
+    )
+    page.wait_for_function(
+        "document.querySelector('#motion .js-plotly-plot')._transitionData._frames.length === 9"
+    )
     start = page.evaluate(place)
     page.keyboard.press("Space")
     page.wait_for_function(f"old => {place} !== old", arg=start)
@@ -237,12 +318,16 @@ def test_changing_the_run_refits_and_locks_the_controls(visit):
     page.get_by_role("option", name=re.compile("moons-short")).click()
     page.locator("#line", has_text="one call a sample").wait_for()
     amount = page.get_by_label("number input for How many")
-    page.wait_for_function("document.querySelector('[aria-label=\"number input for How many\"]').disabled")
+    page.wait_for_function(
+        "document.querySelector('[aria-label=\"number input for How many\"]').disabled"
+    )
     assert amount.input_value() == "1"
     page.locator("#run input").click()
     assert page.get_by_role("option", name=re.compile("damaged-run")).count() == 0
     page.get_by_role("option", name=re.compile("digits-run")).click()
-    page.wait_for_function("!document.querySelector('[aria-label=\"number input for How many\"]').disabled")
+    page.wait_for_function(
+        "!document.querySelector('[aria-label=\"number input for How many\"]').disabled"
+    )
     assert amount.input_value() != "1"
 
 
@@ -254,7 +339,10 @@ def test_a_learned_solver_is_found_by_typing(visit):
     page.keyboard.type("learned")
     page.keyboard.press("Enter")
     page.locator(".cost", has_text="fitted for 3 steps on the uniform grid").wait_for()
-    assert "moons-solver" in menu.input_value() and page.get_by_label("number input for How many").input_value() == "3"
+    assert (
+        "moons-solver" in menu.input_value()
+        and page.get_by_label("number input for How many").input_value() == "3"
+    )
     menu.click()
     page.keyboard.type("dpmpp-2s")
     page.keyboard.press("Enter")
@@ -270,13 +358,17 @@ def test_missing_points_are_drawn_as_they_come(visit):
     page.locator("#caption", has_text="Nothing measured yet").wait_for()
     page.get_by_role("button", name="Measure missing points").click()
     page.locator("#caption", has_text="points").wait_for(timeout=120_000)
-    page.wait_for_function("document.querySelectorAll('#chart .scatterlayer .point').length >= 2", timeout=120_000)
+    page.wait_for_function(
+        "document.querySelectorAll('#chart .scatterlayer .point').length >= 2", timeout=120_000
+    )
     page.locator("#scores summary", has_text="2 scores").wait_for(timeout=60_000)
     page.screenshot(path=SHOTS / "measured-1280-light.png", full_page=True)
 
 
 def test_columns_are_compared_in_four_ways(visit):
-    page = visit(query="&view=compare&a=digits-run~euler~2~uniform~ema~1&b=digits-run~ab2~4~uniform~ema~1&c=digits-run~heun~8~uniform~raw~1&count2=9")
+    page = visit(
+        query="&view=compare&a=digits-run~euler~2~uniform~ema~1&b=digits-run~ab2~4~uniform~ema~1&c=digits-run~heun~8~uniform~raw~1&count2=9"
+    )
     page.wait_for_function("document.body.dataset.view === 'compare'")
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("s")
@@ -306,13 +398,25 @@ def test_a_link_shows_the_same(visit):
     columns(page, 6)
     page.locator(".layers button", has_text="velocity").click()
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("location.search.includes('step=4') && location.search.includes('layer=v') && location.search.includes('seed=12')")
+    page.wait_for_function(
+        "location.search.includes('step=4') && location.search.includes('layer=v') && "
+        "location.search.includes('seed=12')"
+    )
     assert len(page.url) < 2048
-    again = visit(query="&" + page.url.partition("?")[2].replace("__theme=light&", "").replace("run=digits-run&", ""))
+    again = visit(
+        query="&"
+        + page.url.partition("?")[2].replace("__theme=light&", "").replace("run=digits-run&", "")
+    )
     columns(again, 6)
-    again.wait_for_function("document.querySelector('.reel').dataset.layer === 'v' && document.querySelector('.reel .words').textContent.includes('step 4 of 5')")
+    again.wait_for_function(
+        "document.querySelector('.reel').dataset.layer === 'v' && document.querySelector('.reel "
+        ".words').textContent.includes('step 4 of 5')"
+    )
     assert pictures(again) == pictures(page)
-    third = visit(query="&" + again.url.partition("?")[2].replace("__theme=light&", "").replace("run=digits-run&", ""))
+    third = visit(
+        query="&"
+        + again.url.partition("?")[2].replace("__theme=light&", "").replace("run=digits-run&", "")
+    )
     columns(third, 6)
     assert pictures(third) == pictures(page)
 
@@ -324,7 +428,9 @@ def test_what_is_on_screen_can_be_taken_away(visit):
     for kind, start in (("PNG", b"\x89PNG"), ("GIF", b"GIF8"), ("CSV", b"move,")):
         with page.expect_download() as waiting:
             page.get_by_role("button", name=kind, exact=True).click()
-        assert Path(waiting.value.path()).read_bytes().startswith(start) and waiting.value.suggested_filename.endswith(kind.lower())
+        assert Path(waiting.value.path()).read_bytes().startswith(
+            start
+        ) and waiting.value.suggested_filename.endswith(kind.lower())
     with page.expect_download() as waiting:
         page.get_by_role("button", name="SVG of the charts").click()
     drawn = Path(waiting.value.path()).read_text()  # the first of the charts
@@ -347,8 +453,8 @@ def test_a_run_is_opened_from_the_list(visit):
 def test_the_page_works_behind_a_proxy_on_a_sub_path(visit, lab_env):
     import http.client
     import threading
-    from http.server import BaseHTTPRequestHandler
-    from http.server import ThreadingHTTPServer
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
     process, address, *_ = start_server(lab_env, "--root-path", "/lab")
     port = int(re.search(r":(\d+)", address).group(1))
 
@@ -361,7 +467,9 @@ def test_the_page_works_behind_a_proxy_on_a_sub_path(visit, lab_env):
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             there = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")} | {"Host": self.headers["Host"], "X-Forwarded-Proto": "http"}
+            headers = {
+                k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")
+            } | {"Host": self.headers["Host"], "X-Forwarded-Proto": "http"}
             there.request(self.command, self.path.removeprefix("/lab") or "/", body, headers)
             answer = there.getresponse()
             self.send_response(answer.status)
@@ -379,7 +487,7 @@ def test_the_page_works_behind_a_proxy_on_a_sub_path(visit, lab_env):
             pass
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 128 # a page asks for many files at once
+        request_queue_size = 128  # a page asks for many files at once
 
     proxy = Server(("127.0.0.1", 0), Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()

@@ -1,4 +1,7 @@
-"Data: order as a function of (seed, step), every way a data set arrives, and every way it can fail."
+"""Data: order as a function of (seed, step), every way a data set arrives, and every way it can
+fail.
+"""
+
 import io
 import os
 from pathlib import Path
@@ -12,10 +15,8 @@ from hypothesis import strategies as st
 
 from cudlab import data
 from cudlab.core import complaint
-from cudlab.data import DATA
-from cudlab.data import POINTS
-from cudlab.data import Images
-from cudlab.data import load
+from cudlab.data import DATA, POINTS, Images, load
+
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -39,17 +40,16 @@ def png(array: np.ndarray) -> bytes:
 
 def write_parquet(file: Path, arrays, labels=None, column="image", names=("zero", "one")):
     "A file as `datasets` writes it."
-    from datasets import ClassLabel
-    from datasets import Dataset
-    from datasets import Features
-    from datasets import Image
-    from datasets import Value
+    from datasets import ClassLabel, Dataset, Features, Image, Value
 
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = {column: [{"bytes": png(a), "path": None} for a in arrays]}
     kinds = {column: Image()}
     if labels is not None:
-        rows["label"], kinds["label"] = labels, ClassLabel(names=list(names)) if names else Value("int64")
+        rows["label"], kinds["label"] = (
+            labels,
+            ClassLabel(names=list(names)) if names else Value("int64"),
+        )
     Dataset.from_dict(rows, features=Features(kinds)).to_parquet(file)
 
 
@@ -62,7 +62,13 @@ def toy(n=10, flip=False, side=2):
     return Images("toy", "train", (1, 1, side), [], flip=flip, images=images)
 
 
-@given(st.integers(1, 30), st.integers(1, 70), st.integers(0, 40), st.integers(0, 2**63 - 1), st.booleans())
+@given(
+    st.integers(1, 30),
+    st.integers(1, 70),
+    st.integers(0, 40),
+    st.integers(0, 2**63 - 1),
+    st.booleans(),
+)
 @budget(max_examples=60, deadline=None)
 def test_batch_depends_on_seed_and_step_alone(n, batch, step, seed, flip):
     used, fresh = toy(n, flip), toy(n, flip)
@@ -84,7 +90,9 @@ def test_slices_of_the_processes_are_the_global_batch(n, parts, step):
 def test_points_are_fresh_pure_and_unit_variance(name):
     a, b = load(name), load(name)
     assert torch.equal(a.batch(1, 9, 64)[0], b.batch(1, 9, 64)[0])
-    assert torch.equal(torch.cat([a.batch(1, 9, 16, s, 64)[0] for s in (0, 16, 32, 48)]), b.batch(1, 9, 64)[0])
+    assert torch.equal(
+        torch.cat([a.batch(1, 9, 16, s, 64)[0] for s in (0, 16, 32, 48)]), b.batch(1, 9, 64)[0]
+    )
     assert not torch.equal(a.batch(1, 9, 64)[0], a.batch(1, 10, 64)[0])
     assert not torch.equal(a.all(64)[0], load(name, "test").all(64)[0])
     assert torch.equal(a.all()[0][:64], a.all(64)[0]) and len(a.all()[0]) == len(a)
@@ -159,7 +167,9 @@ def test_a_cache_that_cannot_be_written_costs_only_time(lab, monkeypatch):
 def test_colour_img_column_and_no_labels(lab):
     write_parquet(lab / "cifar10" / "train.parquet", pictures(4, (32, 32, 3)), column="img")
     found = load("cifar10")
-    assert found.shape == (3, 32, 32) and found.flip and found.labels is None and found.classes == []
+    assert (
+        found.shape == (3, 32, 32) and found.flip and found.labels is None and found.classes == []
+    )
     assert found.batch(0, 0, 2)[1] is None
 
 
@@ -170,19 +180,26 @@ def test_numbered_classes_where_the_table_names_none(lab):
 
 def test_npz_comes_first(lab):
     write_parquet(lab / "mnist" / "train.parquet", pictures(5), [0] * 5)
-    np.savez(lab / "mnist" / "train.npz", images=np.zeros((3, 1, 4, 4), np.uint8), labels=np.array([0, 2, 1]))
+    np.savez(
+        lab / "mnist" / "train.npz",
+        images=np.zeros((3, 1, 4, 4), np.uint8),
+        labels=np.array([0, 2, 1]),
+    )
     found = load("mnist")
     assert (len(found), found.shape, found.classes) == (3, (1, 4, 4), ["0", "1", "2"])
 
 
-@pytest.mark.parametrize("arrays, says", [
-    (dict(pictures=np.zeros(3)), "no array images"),
-    (dict(images=np.zeros((3, 1, 4, 4))), "float64"),
-    (dict(images=np.zeros((3, 4, 4), np.uint8)), "(3, 4, 4)"),
-    (dict(images=np.zeros((0, 1, 4, 4), np.uint8)), "(0, 1, 4, 4)"),
-    (dict(images=np.zeros((3, 1, 4, 4), np.uint8), labels=np.arange(2)), "labels"),
-    (dict(images=np.array([{}], dtype=object)), "not readable"),
-])
+@pytest.mark.parametrize(
+    "arrays, says",
+    [
+        (dict(pictures=np.zeros(3)), "no array images"),
+        (dict(images=np.zeros((3, 1, 4, 4))), "float64"),
+        (dict(images=np.zeros((3, 4, 4), np.uint8)), "(3, 4, 4)"),
+        (dict(images=np.zeros((0, 1, 4, 4), np.uint8)), "(0, 1, 4, 4)"),
+        (dict(images=np.zeros((3, 1, 4, 4), np.uint8), labels=np.arange(2)), "labels"),
+        (dict(images=np.array([{}], dtype=object)), "not readable"),
+    ],
+)
 def test_unfit_npz(lab, arrays, says):
     (lab / "mnist").mkdir()
     np.savez(lab / "mnist" / "train.npz", **arrays)
@@ -215,9 +232,20 @@ def test_missing_data_says_the_three_ways(lab, monkeypatch):
     import datasets
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline mode")))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline mode")),
+    )
     message = complaint(load, "mnist")
-    for part in ("data = 'mnist' is not here", "offline mode", str(lab / "mnist"), "pip install datasets", "digits", "folder:PATH"):
+    for part in (
+        "data = 'mnist' is not here",
+        "offline mode",
+        str(lab / "mnist"),
+        "pip install datasets",
+        "digits",
+        "folder:PATH",
+    ):
         assert part in message
     assert "not on the hub" in complaint(load, "cifar10_jpeg")
 
@@ -236,12 +264,20 @@ def test_hub_through_the_datasets_library(lab, monkeypatch, tmp_path):
 
     def fake(repo, split):
         asked.append((repo, split))
-        return real("parquet", data_files={split: str(tmp_path / "hub" / f"{split}.parquet")}, split=split, cache_dir=str(tmp_path / "hf"))
+        return real(
+            "parquet",
+            data_files={split: str(tmp_path / "hub" / f"{split}.parquet")},
+            split=split,
+            cache_dir=str(tmp_path / "hf"),
+        )
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets, "load_dataset", fake)
     found = load("fashion_mnist", "test")
-    assert np.array_equal(found.images.numpy()[:, 0], np.stack(pictures(6))) and found.classes == ["zero", "one"]
+    assert np.array_equal(found.images.numpy()[:, 0], np.stack(pictures(6))) and found.classes == [
+        "zero",
+        "one",
+    ]
     assert load("fashion_mnist", "test").hash == found.hash
     assert asked == [("zalando-datasets/fashion_mnist", "test")]
 
@@ -254,13 +290,20 @@ def album(tmp_path):
     for k in range(12):
         for kind in ("cat", "dog"):
             (tmp_path / "album" / kind).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((20 + k, 30), 10 * k, np.uint8)).save(tmp_path / "album" / kind / f"{k:02}.png")
+            Image.fromarray(np.full((20 + k, 30), 10 * k, np.uint8)).save(
+                tmp_path / "album" / kind / f"{k:02}.png"
+            )
     return tmp_path / "album"
 
 
 def test_folder_of_images(lab, album):
     train, test = load(f"folder:{album}@16"), load(f"folder:{album}@16", "test")
-    assert (len(train), len(test), train.shape, train.classes) == (22, 2, (1, 16, 16), ["cat", "dog"])
+    assert (len(train), len(test), train.shape, train.classes) == (
+        22,
+        2,
+        (1, 16, 16),
+        ["cat", "dog"],
+    )
     assert train.images.flatten(1).float().std(1).max() == 0
     assert train.labels.bincount().tolist() == [11, 11]
     assert load(f"folder:{album}").shape == (1, 20, 20)
@@ -290,7 +333,9 @@ def test_folder_errors(lab, album, tmp_path):
     assert "there is no folder" in complaint(load, "folder:/no/such/place")
     assert "there is no folder" in complaint(load, "folder:")
     for size in ("x", "2", "9999", "-4", ""):
-        assert "is not a whole number from 4 to 512" in complaint(load, f"folder:{album}@{size}"), size
+        assert "is not a whole number from 4 to 512" in complaint(load, f"folder:{album}@{size}"), (
+            size
+        )
     (album / "cat" / "00.png").write_bytes(b"\x89PNG broken")
     for name in (f"folder:{album}@16", f"folder:{album}"):
         assert "00.png is not readable as an image" in complaint(load, name)
@@ -305,16 +350,23 @@ def test_unknown_names():
         assert "unknown data set" in complaint(load, bad)
 
 
-@pytest.mark.parametrize("name, shape, count", [
-    ("mnist", (1, 28, 28), 60_000), ("fashion_mnist", (1, 28, 28), 60_000), ("cifar10_jpeg", (3, 32, 32), 50_000),
-])
+@pytest.mark.parametrize(
+    "name, shape, count",
+    [
+        ("mnist", (1, 28, 28), 60_000),
+        ("fashion_mnist", (1, 28, 28), 60_000),
+        ("cifar10_jpeg", (3, 32, 32), 50_000),
+    ],
+)
 def test_the_real_sets(name, shape, count):
     if not (REAL / name / "train.parquet").is_file():
         pytest.skip(f"no {REAL / name}")
     train, test = load(name), load(name, "test")
     assert (train.shape, len(train), len(test), len(train.classes)) == (shape, count, 10_000, 10)
     assert train.hash != test.hash
-    assert ("JPEG" in train.note) == (name == "cifar10_jpeg") and train.flip == (name == "cifar10_jpeg")
+    assert ("JPEG" in train.note) == (name == "cifar10_jpeg") and train.flip == (
+        name == "cifar10_jpeg"
+    )
 
 
 def test_every_registered_loader_is_a_function_of_split_and_device(lab, monkeypatch):

@@ -1,4 +1,5 @@
 """Learned solvers as runs: made by a job, found by name, bound to their network and grid."""
+
 import json
 import os
 import subprocess
@@ -8,21 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudlab.core import Config
-from cudlab.core import Rng
-from cudlab.core import complaint
-from cudlab.core import noise
-from cudlab.metrics import endpoint_error
-from cudlab.metrics import evaluate
-from cudlab.metrics import evaluation
-from cudlab.metrics import measure
-from cudlab.metrics import sweep
-from cudlab.run import Run
-from cudlab.run import create
-from cudlab.run import find_solver
-from cudlab.run import main
-from cudlab.run import slim
-from cudlab.run import train
+from cudlab.core import Config, Rng, complaint, noise
+from cudlab.metrics import endpoint_error, evaluate, evaluation, measure, sweep
+from cudlab.run import Run, create, find_solver, main, slim, train
+
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(samples=24, batches=3, moves=4)
@@ -43,7 +33,10 @@ def fitted(name="learned", **args) -> Run:
 def test_a_learned_solver_is_nearer_to_the_flow_than_its_base():
     run, teacher = fitted(samples=64), Run.open("digits-rf")
     truth = teacher.solve(index=200, seed=5, steps=64, solver="heun").x
-    ends = {name: endpoint_error(teacher.solve(index=200, seed=5, steps=4, solver=name).x, truth) for name in ("euler", run.name)}
+    ends = {
+        name: endpoint_error(teacher.solve(index=200, seed=5, steps=4, solver=name).x, truth)
+        for name in ("euler", run.name)
+    }
     assert ends[run.name] < 0.7 * ends["euler"]
 
 
@@ -51,38 +44,83 @@ def test_a_learned_solver_is_nearer_to_the_flow_than_its_base():
 def test_a_learned_solver_that_was_cut_samples_the_same(dtype, tmp_path):
     run = fitted()
     copy = slim(run, tmp_path / "cut", dtype)
-    torch.testing.assert_close(copy.solve(index=3).x, run.solve(index=3).x, rtol=0, atol=1e-6 if dtype != "float16" else 5e-3)
+    torch.testing.assert_close(
+        copy.solve(index=3).x,
+        run.solve(index=3).x,
+        rtol=0,
+        atol=1e-6 if dtype != "float16" else 5e-3,
+    )
 
 
 def test_the_run_samples_like_its_teacher_with_it():
     run = fitted()
-    assert run.own == {"solver": "learned", "steps": 4, "grid": "uniform", "head": 1, "guidance": 1.0}
-    mine, theirs = run.solve(index=4, seed=1), Run.open("digits-rf").solve(index=4, seed=1, solver="learned", steps=4, grid="native")
+    assert run.own == {
+        "solver": "learned",
+        "steps": 4,
+        "grid": "uniform",
+        "head": 1,
+        "guidance": 1.0,
+    }
+    mine, theirs = (
+        run.solve(index=4, seed=1),
+        Run.open("digits-rf").solve(index=4, seed=1, solver="learned", steps=4, grid="native"),
+    )
     assert torch.equal(mine.x, theirs.x) and mine.nfe == 4
     assert run.verify() == 5 and find_solver("learned").ts[0] == 1.0
 
 
-@pytest.mark.parametrize("base, calls", [("ddim", 4), ("ipndm", 4), ("deis-tab3", 4), ("dpm-2s", 7), ("dpm-3s", 10), ("edm-heun", 7), ("dpmpp-2m", 4)])
+@pytest.mark.parametrize(
+    "base, calls",
+    [
+        ("ddim", 4),
+        ("ipndm", 4),
+        ("deis-tab3", 4),
+        ("dpm-2s", 7),
+        ("dpm-3s", 10),
+        ("edm-heun", 7),
+        ("dpmpp-2m", 4),
+    ],
+)
 def test_every_base_of_the_paper_is_made_by_a_run(base, calls):
     run = fitted(base=base)
-    assert run.tensors("ema.safetensors")["solver.lam"].shape == (calls, 1) and run.solve(index=3).nfe == calls
+    assert (
+        run.tensors("ema.safetensors")["solver.lam"].shape == (calls, 1)
+        and run.solve(index=3).nfe == calls
+    )
 
 
 def test_it_is_refused_where_it_was_not_fitted_for():
     fitted()
     teacher, other = Run.open("digits-rf"), Run.open("digits-cud")
-    for run, choice, said in ((other, {}, "weights of 'digits-rf' as they were"), (teacher, dict(steps=5), "steps = 4"), (teacher, dict(grid="shifted"), "grid = 'uniform'"),
-                              (teacher, dict(weights="raw"), "averaged"), (teacher, dict(guidance=2.0), "guidance = 1.0"), (teacher, dict(denoise=False), "denoise = True")):
+    for run, choice, said in (
+        (other, {}, "weights of 'digits-rf' as they were"),
+        (teacher, dict(steps=5), "steps = 4"),
+        (teacher, dict(grid="shifted"), "grid = 'uniform'"),
+        (teacher, dict(weights="raw"), "averaged"),
+        (teacher, dict(guidance=2.0), "guidance = 1.0"),
+        (teacher, dict(denoise=False), "denoise = True"),
+    ):
         with pytest.raises(ValueError, match=said):
             run.solve(**dict(index=2, steps=4, solver="learned", grid="uniform") | choice)
-    assert "learned" in complaint(find_solver, "digits-rf-learned") or "unknown solver" in complaint(find_solver, "digits-rf-learned")
+    assert "learned" in complaint(
+        find_solver, "digits-rf-learned"
+    ) or "unknown solver" in complaint(find_solver, "digits-rf-learned")
     assert "holds a network" in complaint(find_solver, "digits-rf")
 
 
-@pytest.mark.parametrize("change, said", [
-    (dict(data="moons"), "use data=digits"), (dict(classes=True), "use classes=False"), (dict(path="vp"), "use path=linear"), (dict(args={"teacher": "nobody"}), "unknown run 'nobody'"),
-    (dict(args={"head": 2}), "head = 2"), (dict(args={"base": "heun"}), "base = 'heun'"), (dict(args={"teacher": ""}), "teacher"), (dict(args={"faithful": True, "fit_by": "joint"}), "faithful"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(data="moons"), "use data=digits"),
+        (dict(classes=True), "use classes=False"),
+        (dict(path="vp"), "use path=linear"),
+        (dict(args={"teacher": "nobody"}), "unknown run 'nobody'"),
+        (dict(args={"head": 2}), "head = 2"),
+        (dict(args={"base": "heun"}), "base = 'heun'"),
+        (dict(args={"teacher": ""}), "teacher"),
+        (dict(args={"faithful": True, "fit_by": "joint"}), "faithful"),
+    ],
+)
 def test_a_teacher_that_does_not_fit_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         create(Config(method="dode", **change))
@@ -96,6 +134,7 @@ def test_a_solver_is_no_teacher():
 
 def test_a_teacher_that_changed_is_noticed(tmp_path):
     import shutil
+
     folder = tmp_path / "runs" / "mine"
     shutil.copytree(ROOT / "checkpoints/digits-rf", folder)
     run = fitted(teacher="mine")
@@ -110,15 +149,35 @@ def test_a_teacher_that_changed_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("args", [{}, dict(base="dpm-2s", fit_by="joint", target="heun", moves=2)])
 def test_it_resumes_bit_for_bit(args):
-    whole, parts = fitted("whole", **args), create(Config(method="dode", args=SMALL | args), "parts")
+    whole, parts = (
+        fitted("whole", **args),
+        create(Config(method="dode", args=SMALL | args), "parts"),
+    )
     for until in (1, 2, 0):
-        words = [sys.executable, "-m", "cudlab.run", "train", "method=dode", "name=parts", f"until={until}", *(f"args.{k}={v}" for k, v in (SMALL | args).items())]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        words = [
+            sys.executable,
+            "-m",
+            "cudlab.run",
+            "train",
+            "method=dode",
+            "name=parts",
+            f"until={until}",
+            *(f"args.{k}={v}" for k, v in (SMALL | args).items()),
+        ]
+        done = subprocess.run(
+            words,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == (3 if until else 0), done.stderr
     a, b = whole.tensors("ema.safetensors"), Run(parts.path).tensors("ema.safetensors")
     assert a.keys() == b.keys()
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0 if torch.get_num_threads() == 1 else 1e-3)
+        torch.testing.assert_close(
+            a[key], b[key], rtol=0, atol=0 if torch.get_num_threads() == 1 else 1e-3
+        )
 
 
 def test_no_score_draws_the_noise_of_a_calibration():
@@ -130,10 +189,19 @@ def test_no_score_draws_the_noise_of_a_calibration():
 
 
 def test_classes_and_guidance_are_fitted_for():
-    run = create(Config(method="dode", classes=True, args=SMALL | dict(teacher="digits-cud-aim8-classes", guidance=2.0)), "guided")
+    run = create(
+        Config(
+            method="dode",
+            classes=True,
+            args=SMALL | dict(teacher="digits-cud-aim8-classes", guidance=2.0),
+        ),
+        "guided",
+    )
     list(train(run))
     teacher = Run.open("digits-cud-aim8-classes")
-    assert teacher.solve(index=4, steps=4, solver="guided", grid="uniform", y=7, guidance=2.0).nfe == 8
+    assert (
+        teacher.solve(index=4, steps=4, solver="guided", grid="uniform", y=7, guidance=2.0).nfe == 8
+    )
     with pytest.raises(ValueError, match="guidance = 2.0, not for 1.0"):
         teacher.solve(index=4, steps=4, solver="guided", grid="uniform", y=7)
     assert run.own["guidance"] == 2.0 and run.solve(index=4, y=7).nfe == 8
@@ -141,15 +209,22 @@ def test_classes_and_guidance_are_fitted_for():
 
 def test_a_solver_of_the_second_head_is_sampled_with_it():
     run = fitted(teacher="digits-cud-heads2", head=2)
-    assert torch.equal(run.solve(index=3).x, Run.open("digits-cud-heads2").solve(index=3, solver=run.name, head=2).x)
+    assert torch.equal(
+        run.solve(index=3).x,
+        Run.open("digits-cud-heads2").solve(index=3, solver=run.name, head=2).x,
+    )
 
 
 def test_another_solver_under_the_same_name_is_measured_anew():
     import shutil
+
     teacher = create(Config(data="moons", method="rf", steps=3, batch=8), "plane")
     list(train(teacher))
     for scale in (5, 10):
-        run = create(Config(data="moons", method="dode", args=SMALL | dict(teacher="plane", scale=scale)), "learned")
+        run = create(
+            Config(data="moons", method="dode", args=SMALL | dict(teacher="plane", scale=scale)),
+            "learned",
+        )
         list(train(run))
         ask = evaluation(dict(solvers="learned", nfes="4", n=100))
         assert "measured before" not in list(evaluate(Run.open("plane"), ask))[-1]
@@ -157,7 +232,14 @@ def test_another_solver_under_the_same_name_is_measured_anew():
         shutil.rmtree(run.path)
 
 
-@pytest.mark.parametrize("change, said", [(dict(steps=7), "steps = 7"), (dict(lr=0.1), "lr = 0.1"), (dict(compile=True), "compile = True")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(steps=7), "steps = 7"),
+        (dict(lr=0.1), "lr = 0.1"),
+        (dict(compile=True), "compile = True"),
+    ],
+)
 def test_what_means_nothing_to_it_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         create(Config(method="dode", **change))
@@ -165,26 +247,64 @@ def test_what_means_nothing_to_it_is_refused(change, said):
 
 def test_it_is_scored_like_any_solver():
     run = fitted()
-    lines = list(evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200))))
-    assert len(lines) == 4 and [(s["solver"], s["nfe"]) for s in run.scores] == [("learned", 4), ("euler", 4), ("euler", 5)]
-    assert run.scores[0]["endpoint"] < run.scores[1]["endpoint"] and run.scores[0]["fd_low"] < run.scores[0]["fd"] < run.scores[0]["fd_high"]
-    again = list(evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200))))
+    lines = list(
+        evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200)))
+    )
+    assert len(lines) == 4 and [(s["solver"], s["nfe"]) for s in run.scores] == [
+        ("learned", 4),
+        ("euler", 4),
+        ("euler", 5),
+    ]
+    assert (
+        run.scores[0]["endpoint"] < run.scores[1]["endpoint"]
+        and run.scores[0]["fd_low"] < run.scores[0]["fd"] < run.scores[0]["fd_high"]
+    )
+    again = list(
+        evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200)))
+    )
     assert sum("measured before" in line for line in again) == 3
-    fewer = list(evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="5", n=200))))
-    assert fewer[1] == "learned left out: no number of steps makes exactly 5 calls" and len(fewer) == 3
+    fewer = list(
+        evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="5", n=200)))
+    )
+    assert (
+        fewer[1] == "learned left out: no number of steps makes exactly 5 calls" and len(fewer) == 3
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_sweep_says_what_single_measurements_say(workers):
     run = Run.open("digits-rf")
-    points = [dict(solver=s, steps=k, grid=g, n=250) for s, k, g in (("euler", 3, "uniform"), ("ab2", 3, "uniform"), ("dpmpp-2m", 3, "native"), ("edm-heun", 2, "edm"))]
+    points = [
+        dict(solver=s, steps=k, grid=g, n=250)
+        for s, k, g in (
+            ("euler", 3, "uniform"),
+            ("ab2", 3, "uniform"),
+            ("dpmpp-2m", 3, "native"),
+            ("edm-heun", 2, "edm"),
+        )
+    ]
     goal = run.solve(index=100, steps=64, solver="heun").x
     for row, point in zip(sweep(run, points, goal=goal, workers=workers), points):
         score = measure(run, **point)
         assert abs(row["fd"] - score["fd"]) < 1e-2 * score["fd"] and row["nfe"] == score["nfe"]
-        assert abs(row["endpoint"] - endpoint_error(run.solve(index=100, steps=point["steps"], solver=point["solver"], grid=point["grid"]).x, goal)) < 1e-4
+        assert (
+            abs(
+                row["endpoint"]
+                - endpoint_error(
+                    run.solve(
+                        index=100, steps=point["steps"], solver=point["solver"], grid=point["grid"]
+                    ).x,
+                    goal,
+                )
+            )
+            < 1e-4
+        )
 
 
 def test_the_command_line_lists_it(capsys):
     fitted()
-    assert main(["list"]) == 0 and "learned" in capsys.readouterr().out and main(["verify", "learned"]) == 0
+    assert (
+        main(["list"]) == 0
+        and "learned" in capsys.readouterr().out
+        and main(["verify", "learned"]) == 0
+    )

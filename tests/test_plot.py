@@ -1,4 +1,7 @@
-"""Plots: the numbers they draw, what they weigh on a page, what they refuse, and how they sit and move in a browser."""
+"""Plots: the numbers they draw, what they weigh on a page, what they refuse, and how they sit and
+move in a browser.
+"""
+
 import json
 import math
 from pathlib import Path
@@ -11,30 +14,50 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from cudlab.core import complaint
-from cudlab.core import noise
+from cudlab.core import complaint, noise
 from cudlab.metrics import PROTOCOL
 from cudlab.path import grid
-from cudlab.plot import COSTS
-from cudlab.plot import FRAMES
-from cudlab.plot import HIGHER
-from cudlab.plot import TIMED
-from cudlab.plot import arrows
-from cudlab.plot import folding
-from cudlab.plot import frame
-from cudlab.plot import front
-from cudlab.plot import motion
-from cudlab.plot import moves
-from cudlab.plot import paths
-from cudlab.plot import quality
-from cudlab.plot import tradeoff
+from cudlab.plot import (
+    COSTS,
+    FRAMES,
+    HIGHER,
+    TIMED,
+    arrows,
+    folding,
+    frame,
+    front,
+    motion,
+    moves,
+    paths,
+    quality,
+    tradeoff,
+)
 
 
 def scores(runs=("a", "b"), nfes=(1, 2, 4, 8), seeds=1, **more):
     "Made-up scores of one protocol; run k is k times as good."
-    same = dict(solver="euler", extractor="digits-v2", n=1000, machine="a CPU", batch=250, device="cpu") | more
-    return [dict(same, run=run, nfe=n, seed=seed, ms=0.2 * n * k, fd=20 / n / k + 0.01 * seed, kd=3 / n / k - 0.5, recall=1 - 1 / (n + k), endpoint=1 / n)
-            for k, run in enumerate(runs, 1) for n in nfes for seed in range(seeds)]
+    same = (
+        dict(
+            solver="euler", extractor="digits-v2", n=1000, machine="a CPU", batch=250, device="cpu"
+        )
+        | more
+    )
+    return [
+        dict(
+            same,
+            run=run,
+            nfe=n,
+            seed=seed,
+            ms=0.2 * n * k,
+            fd=20 / n / k + 0.01 * seed,
+            kd=3 / n / k - 0.5,
+            recall=1 - 1 / (n + k),
+            endpoint=1 / n,
+        )
+        for k, run in enumerate(runs, 1)
+        for n in nfes
+        for seed in range(seeds)
+    ]
 
 
 def lines(fig):
@@ -43,6 +66,7 @@ def lines(fig):
 
 
 # Moves
+
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17])
 @pytest.mark.parametrize("less", [0, 1])
@@ -56,24 +80,36 @@ def test_moves_draw_the_median_and_half_of_the_samples(count, less):
     trace = drawn["speed"]
     assert trace.x.tolist() == list(range(1, count - less + 1))
     np.testing.assert_allclose(trace.y, np.median(values, 1), rtol=1e-6)
-    np.testing.assert_allclose(trace.customdata[:, 1:], np.quantile(values, [0.25, 0.75], 1).T, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(trace.customdata[:, 0], grid("uniform", count)[:len(values)])
+    np.testing.assert_allclose(
+        trace.customdata[:, 1:], np.quantile(values, [0.25, 0.75], 1).T, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(trace.customdata[:, 0], grid("uniform", count)[: len(values)])
     assert (trace.error_y.array is not None) == (len(values) == 1)
 
 
 def test_moves_of_heads_share_one_legend_and_differ_without_colour():
     values = noise(0, 3, (5, 8)).abs()
-    fig = moves({"speed": values[0], "heads (rms)": values, "heads again": values}, grid("uniform", 5))
+    fig = moves(
+        {"speed": values[0], "heads (rms)": values, "heads again": values}, grid("uniform", 5)
+    )
     assert [t.name for t in fig.data if t.showlegend] == ["head 1", "head 2", "head 3"]
     styles = {(t.line.dash, t.marker.symbol) for t in fig.data if t.name}
-    assert len({t.line.dash for t in fig.data if t.legendgroup == "head 1"}) == 1 and len(styles) == 4
+    assert (
+        len({t.line.dash for t in fig.data if t.legendgroup == "head 1"}) == 1 and len(styles) == 4
+    )
 
 
 def test_moves_point_at_one_move_in_every_panel_and_use_a_log_axis_for_errors_alone():
     values = torch.logspace(-6, 0, 6)[:, None].repeat(1, 4)
-    fig = moves({"local error (rms)": values, "gap (rms)": values, "dead error": values * 0}, grid("uniform", 6), mark=3)
+    fig = moves(
+        {"local error (rms)": values, "gap (rms)": values, "dead error": values * 0},
+        grid("uniform", 6),
+        mark=3,
+    )
     assert [axis.type for axis in fig.select_yaxes()][:3] == ["log", None, None]
-    assert [(s.x0, s.x1) for s in fig.layout.shapes] == [(3, 3)] * 3 and len({s.xref for s in fig.layout.shapes}) == 3
+    assert [(s.x0, s.x1) for s in fig.layout.shapes] == [(3, 3)] * 3 and len(
+        {s.xref for s in fig.layout.shapes}
+    ) == 3
     assert {axis.matches for axis in fig.select_xaxes()} == {None, "x"}
 
 
@@ -83,10 +119,13 @@ def test_moves_survive_samples_that_diverged_and_refuse_other_grids():
     fig = moves({"speed": values, "error": values.abs()}, grid("uniform", 4))
     assert np.isnan(lines(fig)["speed"].y).tolist() == [False, False, True, False] and fig.to_json()
     for wrong in (values[:2], values[0], torch.zeros(4, 0), torch.zeros(2, 3, 6, 1)):
-        assert "the panel 'speed' has the shape" in complaint(moves, {"speed": wrong}, grid("uniform", 4))
+        assert "the panel 'speed' has the shape" in complaint(
+            moves, {"speed": wrong}, grid("uniform", 4)
+        )
 
 
 # Paths and motion
+
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_256_paths_are_two_lines_and_light(dims):
@@ -104,21 +143,36 @@ def test_256_paths_are_two_lines_and_light(dims):
 
 
 def test_paths_of_one_sample_and_one_move():
-    assert paths(torch.zeros(2, 1, 3), torch.zeros(3)).to_json() and len(paths(torch.zeros(2, 1, 2), ends=False).data) == 2
-    assert "are no paths" in complaint(paths, torch.zeros(5, 4)) and "are no paths" in complaint(paths, torch.zeros(5, 4, 2), torch.zeros(3))
+    assert (
+        paths(torch.zeros(2, 1, 3), torch.zeros(3)).to_json()
+        and len(paths(torch.zeros(2, 1, 2), ends=False).data) == 2
+    )
+    assert "are no paths" in complaint(paths, torch.zeros(5, 4)) and "are no paths" in complaint(
+        paths, torch.zeros(5, 4, 2), torch.zeros(3)
+    )
 
 
 def moving(steps=16, count=128, side=15):
     "A contracting flow with its field."
     ts, axis = grid("uniform", steps), torch.linspace(-2.6, 2.6, side)
     at, x = torch.cartesian_prod(axis, axis), noise(0, count, (2,))
-    return motion(torch.stack([x * (0.1 + t) for t in ts]), ts, x, torch.stack([at * (0.1 + t) for t in ts]), at), torch.stack([x * (0.1 + t) for t in ts])
+    return motion(
+        torch.stack([x * (0.1 + t) for t in ts]),
+        ts,
+        x,
+        torch.stack([at * (0.1 + t) for t in ts]),
+        at,
+    ), torch.stack([x * (0.1 + t) for t in ts])
 
 
 def test_motion_has_a_frame_a_step_and_is_light():
     fig, xs = moving()
     assert len(fig.to_json()) <= 600_000
-    assert [f.name for f in fig.frames] == [str(i) for i in range(17)] == [s.args[0][0] for s in fig.layout.sliders[0].steps]
+    assert (
+        [f.name for f in fig.frames]
+        == [str(i) for i in range(17)]
+        == [s.args[0][0] for s in fig.layout.sliders[0].steps]
+    )
     for i in (0, 7, 16):
         np.testing.assert_array_equal(fig.frames[i].data[-1].x, xs[i, :, 0])
         assert [fig.data[k].name for k in fig.frames[i].traces] == ["velocity", "sample"]
@@ -128,8 +182,14 @@ def test_motion_has_a_frame_a_step_and_is_light():
 def test_arrows_point_where_the_velocity_points():
     lines = arrows(np.array([[1.0, 2.0]]), np.array([[3.0, -1.0]]))
     start, tip, left, again, right, gap = lines
-    assert start.tolist() == [1, 2] and tip.tolist() == again.tolist() == [4, 1] and np.isnan(gap).all()
-    np.testing.assert_allclose((left - tip) @ [-1.0, -3.0], -((right - tip) @ [-1.0, -3.0]), rtol=1e-5)
+    assert (
+        start.tolist() == [1, 2]
+        and tip.tolist() == again.tolist() == [4, 1]
+        and np.isnan(gap).all()
+    )
+    np.testing.assert_allclose(
+        (left - tip) @ [-1.0, -3.0], -((right - tip) @ [-1.0, -3.0]), rtol=1e-5
+    )
     assert (left - tip) @ [3.0, -1.0] < 0
 
 
@@ -139,17 +199,24 @@ def test_no_line_of_the_field_is_longer_than_the_gap_of_the_grid():
     field = noise(0, 4, (81, 2)) * torch.tensor([1.0, 1.0, 1.0, 1e6])[:, None, None]
     fig = motion(torch.zeros(4, 5, 2), ts, None, field, at)
     for one in fig.frames:
-        start, tip = np.stack([one.data[0].x, one.data[0].y], 1).reshape(-1, 6, 2)[:, :2].swapaxes(0, 1)
+        start, tip = (
+            np.stack([one.data[0].x, one.data[0].y], 1).reshape(-1, 6, 2)[:, :2].swapaxes(0, 1)
+        )
         assert np.linalg.norm(tip - start, axis=1).max() <= 0.25 + 1e-6
 
 
 def test_motion_refuses_what_does_not_fit_together():
     ts, xs, at = grid("uniform", 4), torch.zeros(5, 3, 2), torch.zeros(9, 2)
-    assert "is no motion over 5 times" in complaint(motion, xs[:3], ts) and "is no motion" in complaint(motion, torch.zeros(5, 3, 4), ts)
-    assert "is no field over 5 times" in complaint(motion, xs, ts, None, torch.zeros(4, 9, 2), at) and "is no field" in complaint(motion, xs, ts, None, torch.zeros(5, 9, 2))
+    assert "is no motion over 5 times" in complaint(
+        motion, xs[:3], ts
+    ) and "is no motion" in complaint(motion, torch.zeros(5, 3, 4), ts)
+    assert "is no field over 5 times" in complaint(
+        motion, xs, ts, None, torch.zeros(4, 9, 2), at
+    ) and "is no field" in complaint(motion, xs, ts, None, torch.zeros(5, 9, 2))
 
 
 # What a call buys
+
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(-5, 5)), max_size=30), st.booleans())
 @budget(max_examples=80, deadline=None)
@@ -167,7 +234,11 @@ def test_front_is_what_nothing_beats(points, higher):
 def test_the_front_lies_on_the_better_side(value, axis):
     fig = tradeoff(scores(), value, axis)
     best, drawn = fig.data[0], lines(fig)
-    assert best.name == "Pareto front" and best.line.shape == "hv" and HIGHER[value] == ("↑" in fig.layout.yaxis.title.text)
+    assert (
+        best.name == "Pareto front"
+        and best.line.shape == "hv"
+        and HIGHER[value] == ("↑" in fig.layout.yaxis.title.text)
+    )
     for name in ("a · euler", "b · euler"):
         for x, y in zip(drawn[name].x, drawn[name].y):
             reached = best.y[np.searchsorted(best.x, x, side="right") - 1]
@@ -179,12 +250,24 @@ def test_time_is_the_mean_over_seeds_and_old_scores_are_told():
     rows = scores(seeds=3)
     for row in rows:
         row["ms"] += 0.01 * row["seed"]
-    old = [{k: v for k, v in row.items() if k not in ("ms", "machine", "batch")} for row in scores(("old",))]
+    old = [
+        {k: v for k, v in row.items() if k not in ("ms", "machine", "batch")}
+        for row in scores(("old",))
+    ]
     fig = tradeoff(rows + old, "fd", "ms")
-    assert "4 of 28 scores have no time and are left out" in fig.layout.xaxis.title.text.replace("</i><br><i>", " ") and "a CPU, batch 250" in fig.layout.xaxis.title.text
+    assert (
+        "4 of 28 scores have no time and are left out"
+        in fig.layout.xaxis.title.text.replace("</i><br><i>", " ")
+        and "a CPU, batch 250" in fig.layout.xaxis.title.text
+    )
     np.testing.assert_allclose(lines(fig)["a · euler"].x, [0.21, 0.41, 0.81, 1.61])
     assert (lines(fig)["a · euler"].error_y.array > 0).all()
-    assert "no endpoint" in tradeoff(rows + [dict(row, endpoint=None) for row in rows], "endpoint").layout.xaxis.title.text
+    assert (
+        "no endpoint"
+        in tradeoff(
+            rows + [dict(row, endpoint=None) for row in rows], "endpoint"
+        ).layout.xaxis.title.text
+    )
     assert len(tradeoff(rows + old).data) == 4
 
 
@@ -194,7 +277,11 @@ def test_scores_measured_otherwise_are_refused(key):
     rows[-1] = dict(rows[-1], **{key: "other"})
     assert f"{key} is" in complaint(tradeoff, rows, "fd", "ms")
     if key in PROTOCOL:
-        assert complaint(tradeoff, rows) == complaint(quality, rows) == complaint(tradeoff, rows, "fd", "ms")
+        assert (
+            complaint(tradeoff, rows)
+            == complaint(quality, rows)
+            == complaint(tradeoff, rows, "fd", "ms")
+        )
     else:
         assert len(tradeoff(rows).data) == 3
 
@@ -208,18 +295,33 @@ def test_a_score_below_zero_keeps_its_place():
     unit = folding([row["kd"] for row in rows])[0]
     assert unit > 0 and fig.layout.yaxis.type is None
     np.testing.assert_allclose(np.sinh(y) * unit, truth, rtol=1e-9)
-    np.testing.assert_allclose(np.sinh(fig.layout.yaxis.tickvals) * unit, [float(t) for t in fig.layout.yaxis.ticktext], rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(
+        np.sinh(fig.layout.yaxis.tickvals) * unit,
+        [float(t) for t in fig.layout.yaxis.ticktext],
+        rtol=1e-4,
+        atol=1e-9,
+    )
     np.testing.assert_allclose(np.sinh(y - lines(fig)["b · euler"].error_y.arrayminus) * unit, -3.0)
 
 
 def test_a_share_of_zero_stays_on_a_plain_axis():
-    fig = tradeoff([dict(row, recall=r) for row, r in zip(scores(), (0, 0.001, 0.5, 0.93))], "recall")
-    assert lines(fig)["a · euler"].y.tolist() == [0, 0.001, 0.5, 0.93] and fig.layout.yaxis.range == (0, 1.04)
+    fig = tradeoff(
+        [dict(row, recall=r) for row, r in zip(scores(), (0, 0.001, 0.5, 0.93))], "recall"
+    )
+    assert lines(fig)["a · euler"].y.tolist() == [
+        0,
+        0.001,
+        0.5,
+        0.93,
+    ] and fig.layout.yaxis.range == (0, 1.04)
 
 
 @pytest.mark.parametrize("value", HIGHER)
 def test_every_value_can_be_drawn_with_missing_ends(value):
-    rows = [dict(row, **{value: 0.5 + 0.1 * k, f"{value}_low": None, f"{value}_high": None}) for k, row in enumerate(scores())]
+    rows = [
+        dict(row, **{value: 0.5 + 0.1 * k, f"{value}_low": None, f"{value}_high": None})
+        for k, row in enumerate(scores())
+    ]
     for axis in COSTS:
         fig = tradeoff(rows, value, axis)
         assert len(fig.data) == 3 and json.loads(fig.to_json())
@@ -227,25 +329,55 @@ def test_every_value_can_be_drawn_with_missing_ends(value):
 
 
 def test_zoom_is_kept_for_new_data_and_not_for_another_axis():
-    first, more, time, other = tradeoff(scores()), tradeoff(scores(nfes=(1, 2))), tradeoff(scores(), "fd", "ms"), tradeoff(scores(), "recall")
+    first, more, time, other = (
+        tradeoff(scores()),
+        tradeoff(scores(nfes=(1, 2))),
+        tradeoff(scores(), "fd", "ms"),
+        tradeoff(scores(), "recall"),
+    )
     same = lambda a, b, key: a.layout[key].uirevision == b.layout[key].uirevision
-    assert same(first, more, "xaxis") and same(first, more, "yaxis") and not same(first, time, "xaxis") and not same(first, other, "yaxis")
-    assert all(fig.layout.uirevision == "cudlab" for fig in (first, moves({}, grid("uniform", 2)), paths(torch.zeros(2, 1, 2))))
+    assert (
+        same(first, more, "xaxis")
+        and same(first, more, "yaxis")
+        and not same(first, time, "xaxis")
+        and not same(first, other, "yaxis")
+    )
+    assert all(
+        fig.layout.uirevision == "cudlab"
+        for fig in (first, moves({}, grid("uniform", 2)), paths(torch.zeros(2, 1, 2)))
+    )
 
 
 def test_unknown_names_are_one_sentence():
-    assert complaint(tradeoff, scores(), "fid") == f"value = 'fid' cannot be drawn; take one of {', '.join(HIGHER)}"
-    assert complaint(tradeoff, scores(), "fd", "hours") == "axis = 'hours' cannot be drawn; take one of nfe, ms"
+    assert (
+        complaint(tradeoff, scores(), "fid")
+        == f"value = 'fid' cannot be drawn; take one of {', '.join(HIGHER)}"
+    )
+    assert (
+        complaint(tradeoff, scores(), "fd", "hours")
+        == "axis = 'hours' cannot be drawn; take one of nfe, ms"
+    )
 
 
 def test_the_frame_keeps_what_a_chart_already_has():
-    fig = plotly.graph_objects.Figure(layout=dict(xaxis=dict(range=[0, 1], title="mine"), annotations=[dict(text="note")]))
+    fig = plotly.graph_objects.Figure(
+        layout=dict(xaxis=dict(range=[0, 1], title="mine"), annotations=[dict(text="note")])
+    )
     frame(fig, 200, y="theirs", legend=dict(x=0.5))
-    assert fig.layout.xaxis.range == (0, 1) and fig.layout.xaxis.title.text == "mine" and fig.layout.yaxis.title.text == "theirs"
-    assert fig.layout.annotations[0].text == "note" and fig.layout.legend.x == 0.5 and fig.layout.legend.orientation == "h"
+    assert (
+        fig.layout.xaxis.range == (0, 1)
+        and fig.layout.xaxis.title.text == "mine"
+        and fig.layout.yaxis.title.text == "theirs"
+    )
+    assert (
+        fig.layout.annotations[0].text == "note"
+        and fig.layout.legend.x == 0.5
+        and fig.layout.legend.orientation == "h"
+    )
 
 
 # In a browser
+
 
 @pytest.fixture(scope="module")
 def draw(chromium):
@@ -253,14 +385,22 @@ def draw(chromium):
     sync_api = pytest.importorskip("playwright.sync_api")
     script, complaints = Path(plotly.__file__).parent / "package_data" / "plotly.min.js", []
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"],
+        )
 
         def page(fig, width=390):
             page = browser.new_page(viewport=dict(width=width, height=900))
             page.on("pageerror", lambda e: complaints.append(str(e)))
-            page.set_content("<!doctype html><body style='margin:0'><div id=motion><div id=chart></div></div>")
+            page.set_content(
+                "<!doctype html><body style='margin:0'><div id=motion><div id=chart></div></div>"
+            )
             page.add_script_tag(path=script)
-            page.evaluate("f => Plotly.newPlot('chart', f.data, f.layout, {responsive: true})", json.loads(fig.to_json()))
+            page.evaluate(
+                "f => Plotly.newPlot('chart', f.data, f.layout, {responsive: true})",
+                json.loads(fig.to_json()),
+            )
             page.wait_for_selector("#chart .main-svg")
             return page
 
@@ -275,13 +415,39 @@ def draw(chromium):
 def test_every_word_is_on_the_page(draw, name, width):
     ts, values = grid("uniform", 16), noise(0, 8, (16,)).T.abs()
     fig = dict(
-        moves=lambda: moves({"speed (|v| / √d)": values, "turning (cosine)": values[1:], "angle to the chord (degrees)": values * 30, "curvature (radians per unit of rms distance)": values[1:],
-                             "catch-up gap (rms)": values, "local error (rms)": values**6}, ts, mark=4),
-        heads=lambda: moves({"head speed (rms)": torch.stack([values, values * 2]), "difference from head 1 (rms)": torch.stack([values * 0, values])}, ts),
+        moves=lambda: moves(
+            {
+                "speed (|v| / √d)": values,
+                "turning (cosine)": values[1:],
+                "angle to the chord (degrees)": values * 30,
+                "curvature (radians per unit of rms distance)": values[1:],
+                "catch-up gap (rms)": values,
+                "local error (rms)": values**6,
+            },
+            ts,
+            mark=4,
+        ),
+        heads=lambda: moves(
+            {
+                "head speed (rms)": torch.stack([values, values * 2]),
+                "difference from head 1 (rms)": torch.stack([values * 0, values]),
+            },
+            ts,
+        ),
         paths=lambda: paths(noise(0, 8, (17, 2)).transpose(0, 1), torch.tensor([0.4, 0.3])),
         motion=lambda: moving()[0],
-        tradeoff=lambda: tradeoff(scores(("digits-reflow-distill", "digits-cud-aim8", "digits-rf"), (1, 2, 3, 4, 6, 8, 16, 32))),
-        time=lambda: tradeoff(scores(machine="Intel Xeon Platinum 8370C CPU @ 2.80GHz, 2 threads") + [dict(scores()[0], ms=None)], "fd", "ms"),
+        tradeoff=lambda: tradeoff(
+            scores(
+                ("digits-reflow-distill", "digits-cud-aim8", "digits-rf"),
+                (1, 2, 3, 4, 6, 8, 16, 32),
+            )
+        ),
+        time=lambda: tradeoff(
+            scores(machine="Intel Xeon Platinum 8370C CPU @ 2.80GHz, 2 threads")
+            + [dict(scores()[0], ms=None)],
+            "fd",
+            "ms",
+        ),
     )[name]()
     page = draw(fig, width)
     cut = page.evaluate("""() => {
@@ -297,22 +463,29 @@ def test_motion_plays_once_its_frames_are_handed_over(draw):
     fig, xs = moving(steps=4, count=20, side=5)
     page = draw(fig, 600)
     page.evaluate(f"value => ({FRAMES})(value)", dict(plot=fig.to_json()))
-    shown = lambda: page.evaluate("() => { const g = document.querySelector('#chart'); return [g._transitionData._frames.length, g.layout.sliders[0].active, [...g._fullData[2].x]] }")
+    shown = lambda: page.evaluate(
+        "() => { const g = document.querySelector('#chart'); return "
+        "[g._transitionData._frames.length, g.layout.sliders[0].active, [...g._fullData[2].x]] }"
+    )
     frames, active, x = shown()
     assert frames == 5 and active == 0
     np.testing.assert_allclose(x, xs[0, :, 0], rtol=1e-6)
     page.locator(".updatemenu-button", has_text="play").click()
-    page.wait_for_function("() => document.querySelector('#chart').layout.sliders[0].active === 4", timeout=20_000)
+    page.wait_for_function(
+        "() => document.querySelector('#chart').layout.sliders[0].active === 4", timeout=20_000
+    )
     page.wait_for_timeout(500)
     np.testing.assert_allclose(shown()[2], xs[4, :, 0], rtol=1e-6)
-    assert page.locator("#chart image").count() == 1 # the density stays
+    assert page.locator("#chart image").count() == 1  # the density stays
     rail = page.locator(".slider-rail-touch-rect").bounding_box()
     page.mouse.click(rail["x"] + rail["width"] / 2, rail["y"] + rail["height"] / 2)
-    page.wait_for_function("() => document.querySelector('#chart').layout.sliders[0].active === 2", timeout=20_000)
+    page.wait_for_function(
+        "() => document.querySelector('#chart').layout.sliders[0].active === 2", timeout=20_000
+    )
     page.wait_for_timeout(300)
     np.testing.assert_allclose(shown()[2], xs[2, :, 0], rtol=1e-6)
     shorter = moving(steps=2, count=20, side=5)[0].to_json()
     page.evaluate("f => Plotly.react('chart', f.data, f.layout)", json.loads(shorter))
     page.evaluate(f"value => ({FRAMES})(value)", dict(plot=shorter))
-    assert shown()[0] == 3 # those of the chart before are gone
+    assert shown()[0] == 3  # those of the chart before are gone
     page.close()

@@ -1,4 +1,5 @@
 """Samples as files: the command as a real process, stopped, continued, shared out."""
+
 import json
 import os
 import signal
@@ -11,16 +12,27 @@ import torch
 
 from cudlab.core import Damaged
 from cudlab.run import Run
-from cudlab.sample import gathered
-from cudlab.sample import sample
+from cudlab.sample import gathered, sample
+
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDLAB_THREADS": "1", "CUDLAB_DEVICE": "cpu"}
 
 
 def command(*words, processes=1):
-    team = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *team, "-m", "cudlab.cli", "sample", *words], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    team = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
+    return subprocess.Popen(
+        [sys.executable, *team, "-m", "cudlab.cli", "sample", *words],
+        cwd=ROOT,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -50,17 +62,32 @@ def test_a_stop_keeps_the_parts_and_another_team_finishes_them(tmp_path, sign):
 def test_labels_are_kept_and_points_are_not_rounded(tmp_path):
     list(sample(Run.open("digits-cud-aim8-classes"), tmp_path / "classes", n=32, batch=16))
     x, labels, about = gathered(tmp_path / "classes")
-    assert labels.tolist() == [k % 10 for k in range(32)] and x.dtype == torch.uint8 and len(about["classes"]) == 10
+    assert (
+        labels.tolist() == [k % 10 for k in range(32)]
+        and x.dtype == torch.uint8
+        and len(about["classes"]) == 10
+    )
     run = Run.open("checkerboard-cud-aim4")
     list(sample(run, tmp_path / "points", n=32, batch=16))
     assert torch.equal(gathered(tmp_path / "points")[0], run.solve(index=32).x)
 
 
-@pytest.mark.parametrize("words, said", [
-    ([], ""), (["digits-rf"], "out = ''"), (["out=x"], "RUN is missing"), (["digits-rf", "out={}/a", "n=3"], "n = 3 is out of range"), (["digits-rf", "out={}/a", "setps=3"], "did you mean 'steps'"),
-    (["digits-boot", "out={}/a", "steps=3"], "steps = '3' is not possible"), (["digits-rf", "out={}/file"], "holds something else"), (["digits-rf", "out={}/full"], "holds something else"),
-    (["digits-rf", "out={}/a", "solver=eular"], "eular"), (["digits-rf", "out={}/a", "head=2"], "head = '2'"), (["digits-rf", "out=/proc/none"], "/proc/none"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], ""),
+        (["digits-rf"], "out = ''"),
+        (["out=x"], "RUN is missing"),
+        (["digits-rf", "out={}/a", "n=3"], "n = 3 is out of range"),
+        (["digits-rf", "out={}/a", "setps=3"], "did you mean 'steps'"),
+        (["digits-boot", "out={}/a", "steps=3"], "steps = '3' is not possible"),
+        (["digits-rf", "out={}/file"], "holds something else"),
+        (["digits-rf", "out={}/full"], "holds something else"),
+        (["digits-rf", "out={}/a", "solver=eular"], "eular"),
+        (["digits-rf", "out={}/a", "head=2"], "head = '2'"),
+        (["digits-rf", "out=/proc/none"], "/proc/none"),
+    ],
+)
 def test_wrong_words_are_a_sentence(tmp_path, capsys, words, said):
     from cudlab.cli import main
 

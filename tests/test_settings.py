@@ -1,4 +1,5 @@
 """settings.ini is live: every key is read, agrees with nbdev, and a wrong one is a sentence."""
+
 import configparser
 import os
 import re
@@ -9,9 +10,7 @@ from dataclasses import fields
 import pytest
 
 import cudlab.core
-from cudlab.core import Settings
-from cudlab.core import complaint
-from cudlab.core import settings
+from cudlab.core import Settings, complaint, settings
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +23,11 @@ def bare(monkeypatch):
 @pytest.fixture
 def lab(tmp_path):
     "A lab elsewhere: write its [lab] section, get its folder."
+
     def make(text="", head="[DEFAULT]\nlib_name = cudlab\n[lab]\n"):
         (tmp_path / "settings.ini").write_text(head + text)
         return tmp_path
+
     return make
 
 
@@ -56,11 +57,17 @@ def test_every_key_is_read_and_stated(root):
 
 
 def test_every_setting_is_used(root):
-    code = "\n".join(p.read_text() for folder in ("cudlab", "apps") for p in (root / folder).rglob("*.py"))
+    code = "\n".join(
+        p.read_text() for folder in ("cudlab", "apps") for p in (root / folder).rglob("*.py")
+    )
     own = cudlab.core.__file__
     unused = [f.name for f in fields(Settings) if not re.search(rf"\.{f.name}\b", code)]
-    if unused and not ((root / "apps" / "explorer.py").exists() and (root / "cudlab" / "run.py").exists()):
-        pytest.skip(f"run.py or explorer.py is not written yet; unread so far in {own}: {', '.join(unused)}")
+    if unused and not (
+        (root / "apps" / "explorer.py").exists() and (root / "cudlab" / "run.py").exists()
+    ):
+        pytest.skip(
+            f"run.py or explorer.py is not written yet; unread so far in {own}: {', '.join(unused)}"
+        )
     assert not unused
 
 
@@ -70,19 +77,24 @@ def test_defaults_equal_the_file(root, tmp_path):
     for f in fields(Settings):
         if f.type in (str, int):
             assert getattr(here, f.name) == f.default, f.name
-    assert here.root == root and here.runs_path == root / "runs" and here.data_path[0] == root / "data"
+    assert (
+        here.root == root and here.runs_path == root / "runs" and here.data_path[0] == root / "data"
+    )
 
 
-@pytest.mark.parametrize("line, words", [
-    ("colour = blue", ["colour", "one of", "runs_path"]),
-    ("devise = cpu", ["devise", "did you mean 'device'"]),
-    ("port = eighty", ["port", "eighty", "a whole number"]),
-    ("port = 0", ["port", "0", "at least 1", "at most 65,535"]),
-    ("port = 7860.5", ["port", "7860.5", "a whole number"]),
-    ("threads = -1", ["threads", "-1", "at least 0"]),
-    ("threads = nan", ["threads", "nan"]),
-    ("seed = 1e400", ["seed", "a whole number"]),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("colour = blue", ["colour", "one of", "runs_path"]),
+        ("devise = cpu", ["devise", "did you mean 'device'"]),
+        ("port = eighty", ["port", "eighty", "a whole number"]),
+        ("port = 0", ["port", "0", "at least 1", "at most 65,535"]),
+        ("port = 7860.5", ["port", "7860.5", "a whole number"]),
+        ("threads = -1", ["threads", "-1", "at least 0"]),
+        ("threads = nan", ["threads", "nan"]),
+        ("seed = 1e400", ["seed", "a whole number"]),
+    ],
+)
 def test_wrong_line_is_a_sentence(lab, line, words):
     message = complaint(settings, lab(line))
     assert "\n" not in message and all(w in message for w in words), message
@@ -113,7 +125,10 @@ def test_environment_wins(lab, monkeypatch):
     monkeypatch.setenv("CUDLAB_RUNS_PATH", "/elsewhere/runs")
     monkeypatch.setenv("CUDLAB_DATA_PATH", "a, b ,")
     s = settings(folder)
-    assert (s.port, str(s.runs_path)) == (9000, "/elsewhere/runs") and s.data_path == (folder / "a", folder / "b")
+    assert (s.port, str(s.runs_path)) == (9000, "/elsewhere/runs") and s.data_path == (
+        folder / "a",
+        folder / "b",
+    )
     monkeypatch.setenv("CUDLAB_PORT", "http")
     assert "http" in complaint(settings, folder)
 
@@ -127,8 +142,14 @@ def test_found_from_a_subfolder(lab):
 
 def test_found_from_anywhere(root, tmp_path):
     "An unrelated working directory falls back to the lab that the package was installed from."
-    out = subprocess.run([sys.executable, "-c", "from cudlab.core import settings; print(settings().root)"], cwd=tmp_path, text=True,
-                         capture_output=True, env=os.environ | {"PYTHONPATH": str(root)}, check=True).stdout.strip()
+    out = subprocess.run(
+        [sys.executable, "-c", "from cudlab.core import settings; print(settings().root)"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        check=True,
+    ).stdout.strip()
     assert out == str(root)
 
 

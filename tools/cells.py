@@ -1,17 +1,21 @@
-"""Edit a notebook as plain text: `unpack` writes its cells to stdout, `pack` writes a text file back into the notebook.
+"""Edit a notebook as plain text: `unpack` writes its cells to stdout, `pack` writes a text file
+back into the notebook.
 
     python tools/cells.py unpack nbs/11_cud.ipynb > cud.txt
     python tools/cells.py pack cud.txt nbs/11_cud.ipynb
 
-A line `#%% md`, `#%% py` or `#%% py tags=parameters` starts a cell. Packing keeps the id and the outputs of every cell whose
+A line `#%% md`, `#%% py` or `#%% py tags=parameters` starts a cell. Packing keeps the id and the
+outputs of every cell whose
 source did not change, so a diff shows only what was edited.
 """
+
 import hashlib
 import re
 import sys
 from pathlib import Path
 
 import nbformat
+
 
 HEAD = re.compile(r"^#%% (md|py)(?: tags=(\S+))?$")
 
@@ -48,7 +52,9 @@ def pack(text: str, notebook: Path) -> None:
             new = nbformat.v4.new_markdown_cell if kind == "md" else nbformat.v4.new_code_cell
             cell = new(source, id=digest)
         while cell.id in seen:
-            cell = nbformat.from_dict({**cell, "id": hashlib.sha1((cell.id + "+").encode()).hexdigest()[:8]})
+            cell = nbformat.from_dict(
+                {**cell, "id": hashlib.sha1((cell.id + "+").encode()).hexdigest()[:8]}
+            )
         seen.add(cell.id)
         cell.metadata = nbformat.from_dict({"tags": tags.split(",")} if tags else {})
         cells.append(cell)

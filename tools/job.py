@@ -1,12 +1,18 @@
-"""Run a notebook as a papermill job, with what papermill leaves open: parameters checked first, live output, and a stop that loses nothing.
+"""Run a notebook as a papermill job, with what papermill leaves open: parameters checked first,
+live output, and a stop that loses nothing.
 
     python tools/job.py nbs/train.ipynb -p method cud -p steps 500
 
-Arguments after the notebook go to papermill. What the lab's own jobs would refuse is refused here, before a kernel starts. Ctrl-C, SIGTERM or a closed terminal
-interrupts the running cell, which saves its run and ends; a second one, a second later, kills the job. The executed notebook goes to runs/.jobs/, and from there
-into the run's folder if the notebook displayed `{"run": folder}` as application/vnd.cudlab.result+json. Exit status as of `cudlab train`: 0 done, 2 wrong
-parameters, 3 stopped and resumable, 4 diverged, 5 data or a checkpoint that cannot be read; else 1, 130 for a stop that saved nothing, 138 for a kernel that died.
+Arguments after the notebook go to papermill. What the lab's own jobs would refuse is refused here,
+before a kernel starts. Ctrl-C, SIGTERM or a closed terminal
+interrupts the running cell, which saves its run and ends; a second one, a second later, kills the
+job. The executed notebook goes to runs/.jobs/, and from there
+into the run's folder if the notebook displayed `{"run": folder}` as
+application/vnd.cudlab.result+json. Exit status as of `cudlab train`: 0 done, 2 wrong
+parameters, 3 stopped and resumable, 4 diverged, 5 data or a checkpoint that cannot be read; else 1,
+130 for a stop that saved nothing, 138 for a kernel that died.
 """
+
 import builtins
 import contextlib
 import io
@@ -20,13 +26,16 @@ import threading
 import time
 from pathlib import Path
 
+
 RESULT = "application/vnd.cudlab.result+json"
 NOISE = "[IPKernelApp]"
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
 
 
 class Lasting(io.FileIO):
-    "An output that drops what cannot be written: the job outlives its terminal, its reader and a full disk."
+    """An output that drops what cannot be written: the job outlives its terminal, its reader and a
+    full disk.
+    """
 
     def write(self, data) -> int:
         try:
@@ -37,7 +46,12 @@ class Lasting(io.FileIO):
 
 def lasting(fd: int) -> io.TextIOWrapper:
     "Text on a file descriptor, whatever becomes of it."
-    return io.TextIOWrapper(io.BufferedWriter(Lasting(fd, "w", closefd=False)), encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(
+        io.BufferedWriter(Lasting(fd, "w", closefd=False)),
+        encoding="utf-8",
+        errors="backslashreplace",
+        line_buffering=True,
+    )
 
 
 def code_of(error: str) -> int:
@@ -48,13 +62,13 @@ def code_of(error: str) -> int:
 
 
 def refuse(notebook: str, params: dict) -> None:
-    "Raise what one of the lab's jobs would raise for these parameters before it computes anything; other notebooks check for themselves."
+    """Raise what one of the lab's jobs would raise for these parameters before it computes
+    anything; other notebooks check for themselves.
+    """
     book, space = Path(notebook).resolve(), {}
     if book not in (NOTEBOOKS / "train.ipynb", NOTEBOOKS / "evaluate.ipynb"):
         return
-    from cudlab import data
-    from cudlab import net
-    from cudlab import run
+    from cudlab import data, net, run
     from cudlab.core import pick
 
     try:
@@ -62,7 +76,7 @@ def refuse(notebook: str, params: dict) -> None:
             if "parameters" in cell["metadata"].get("tags", []):
                 exec("".join(cell["source"]), space)
     except Exception:
-        return # somebody is writing it: the kernel says where it fails
+        return  # somebody is writing it: the kernel says where it fails
     params = run.given(space) | params
     if book.name == "train.ipynb":
         config, job = run.parameters(params)
@@ -83,13 +97,14 @@ def refuse(notebook: str, params: dict) -> None:
 
 
 def verdict() -> None:
-    "A process of its own, so that torch loads beside papermill and is gone when the job runs: the request comes on stdin, the answer goes to stdout."
-    from cudlab.core import Damaged
-    from cudlab.core import settings
+    """A process of its own, so that torch loads beside papermill and is gone when the job runs: the
+    request comes on stdin, the answer goes to stdout.
+    """
+    from cudlab.core import Damaged, settings
 
     request = sys.stdin.read()
     if not request:
-        return # papermill did not understand the command line
+        return  # papermill did not understand the command line
     folder, code, why, request = "", 0, "", json.loads(request)
     try:
         folder = str(settings().runs_path / ".jobs")
@@ -101,28 +116,49 @@ def verdict() -> None:
 
 
 def asked(notebook: str, args: tuple) -> dict:
-    "What papermill makes of a command line: the arguments of its `execute_notebook`; a `ValueError` if it can make nothing of it."
-    sys.modules.setdefault("rfc3987_syntax", None) # jsonschema does without this check of internationalised addresses, whose import takes a second
+    """What papermill makes of a command line: the arguments of its `execute_notebook`; a
+    `ValueError` if it can make nothing of it.
+    """
+    sys.modules.setdefault(
+        "rfc3987_syntax",
+        None,
+        # jsonschema does without this check of internationalised addresses, whose import takes a
+        # second
+    )
     import click
     from papermill import cli
 
     found = {}
     cli.execute_notebook = lambda **given: found.update(given)
     try:
-        context = cli.papermill.make_context("papermill", [notebook, "executed.ipynb", "-k", "python3", "--log-level", "CRITICAL", "--no-progress-bar", *args])
+        context = cli.papermill.make_context(
+            "papermill",
+            [
+                notebook,
+                "executed.ipynb",
+                "-k",
+                "python3",
+                "--log-level",
+                "CRITICAL",
+                "--no-progress-bar",
+                *args,
+            ],
+        )
         with context.scope(cleanup=False):
             cli.papermill.invoke(context)
-    except click.exceptions.Exit: # --help
+    except click.exceptions.Exit:  # --help
         pass
     except click.ClickException as e:
         raise ValueError(e.format_message()) from None
-    except Exception as e: # YAML, base64, a file of parameters
+    except Exception as e:  # YAML, base64, a file of parameters
         raise ValueError(f"the parameters cannot be read: {' '.join(str(e).split())}") from None
     return found
 
 
 def engine(stops: list, clients: list, words):
-    "papermill's engine, which shows its client, keeps the kernel's own words apart and starts no cell after a stop."
+    """papermill's engine, which shows its client, keeps the kernel's own words apart and starts no
+    cell after a stop.
+    """
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine
 
@@ -138,8 +174,22 @@ def engine(stops: list, clients: list, words):
 
     class Watched(Engine):
         @classmethod
-        def execute_managed_notebook(cls, book, kernel_name, start_timeout=60, execution_timeout=None, input_path=None, **given):
-            Client(book, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout, **given).execute()
+        def execute_managed_notebook(
+            cls,
+            book,
+            kernel_name,
+            start_timeout=60,
+            execution_timeout=None,
+            input_path=None,
+            **given,
+        ):
+            Client(
+                book,
+                kernel_name=kernel_name,
+                startup_timeout=start_timeout,
+                timeout=execution_timeout,
+                **given,
+            ).execute()
 
     return Watched
 
@@ -149,7 +199,13 @@ def main(notebook: str, *args: str) -> int:
     if not Path(notebook).is_file():
         print(f"there is no notebook {notebook!r}", file=sys.stderr)
         return 2
-    checker = subprocess.Popen([sys.executable, __file__, "--check"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    checker = subprocess.Popen(
+        [sys.executable, __file__, "--check"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     stops, clients, failed = [], [], []
 
     def stop(number, frame):
@@ -159,14 +215,22 @@ def main(notebook: str, *args: str) -> int:
             if kernel:
                 os.kill(kernel, signal.SIGINT)
             checker.kill()
-            print(f"\nstopping{': the run is saved first' if kernel else ''} (once more to stop at once)", flush=True)
-        elif number != signal.SIGHUP and stops[-1] - stops[0] > 1: # a closing terminal and `timeout` signal twice at once
+            print(
+                f"\nstopping{': the run is saved first' if kernel else ''} (once more to "
+                "stop at once)",
+                flush=True,
+            )
+        elif (
+            number != signal.SIGHUP and stops[-1] - stops[0] > 1
+        ):  # a closing terminal and `timeout` signal twice at once
             if kernel:
                 os.killpg(kernel, signal.SIGKILL)
             os._exit(130)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN: # ignored under nohup
+        if (
+            number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        ):  # ignored under nohup
             signal.signal(number, stop)
     try:
         wanted = asked(notebook, args)
@@ -178,7 +242,9 @@ def main(notebook: str, *args: str) -> int:
         checker.kill()
         return 0
     params = {str(key): value for key, value in wanted["parameters"].items()}
-    answer, _ = checker.communicate(json.dumps({"notebook": notebook, "cwd": wanted["cwd"], "params": params}, default=str))
+    answer, _ = checker.communicate(
+        json.dumps({"notebook": notebook, "cwd": wanted["cwd"], "params": params}, default=str)
+    )
     if checker.returncode or stops:
         return 130 if stops else 1
     folder, code, why = json.loads(answer)
@@ -191,25 +257,42 @@ def main(notebook: str, *args: str) -> int:
     from papermill.exceptions import PapermillExecutionError
     from papermill.execute import execute_notebook
 
-    out = Path(folder) / f"{Path(notebook).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.ipynb"
+    out = (
+        Path(folder) / f"{Path(notebook).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.ipynb"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     words = tempfile.TemporaryFile()
     papermill_engines.register("job", engine(stops, clients, words))
 
     def work():
         try:
-            execute_notebook(**wanted | {"output_path": str(out), "engine_name": wanted["engine_name"] or "job", "stdout_file": wanted["stdout_file"] or sys.stdout,
-                                         "stderr_file": wanted["stderr_file"] or sys.stderr})
+            execute_notebook(
+                **wanted
+                | {
+                    "output_path": str(out),
+                    "engine_name": wanted["engine_name"] or "job",
+                    "stdout_file": wanted["stdout_file"] or sys.stdout,
+                    "stderr_file": wanted["stderr_file"] or sys.stderr,
+                }
+            )
         except BaseException as e:
             failed.append(e)
 
-    worker = threading.Thread(target=work) # nbclient takes the signals of the main thread for itself, and gives a kernel 2.5 seconds
+    worker = threading.Thread(
+        target=work
+    )  # nbclient takes the signals of the main thread for itself, and gives a kernel 2.5 seconds
     worker.start()
     worker.join()
     if stops:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN) # the second one of `timeout` may come on the way out
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # the second one of `timeout` may come on the way out
     run = result(out)
-    status = subprocess.run([sys.executable, "-m", "cudlab.run", "adopt", run, str(out)]).returncode if run else 0
+    status = (
+        subprocess.run([sys.executable, "-m", "cudlab.run", "adopt", run, str(out)]).returncode
+        if run
+        else 0
+    )
     error = failed[0] if failed else None
     if isinstance(error, PapermillExecutionError) and (code := code_of(error.ename)) > 1:
         print(error.evalue, file=sys.stdout if code == 3 else sys.stderr)
@@ -220,7 +303,11 @@ def main(notebook: str, *args: str) -> int:
         print(f"{error.ename}: {error.evalue}\nThe traceback is in {out}", file=sys.stderr)
     elif error:
         words.seek(0)
-        said = [line for line in words.read().decode(errors="replace").splitlines() if line.strip() and not line.startswith(NOISE)]
+        said = [
+            line
+            for line in words.read().decode(errors="replace").splitlines()
+            if line.strip() and not line.startswith(NOISE)
+        ]
         print(said[-1] if said else f"{type(error).__name__}: {error}", file=sys.stderr)
     return 138 if isinstance(error, DeadKernelError) else 1 if error else status
 
@@ -229,7 +316,12 @@ def result(out: Path) -> str:
     "The run folder that an executed notebook displayed, or ''."
     try:
         cells = json.loads(out.read_text())["cells"]
-        found = [output["data"][RESULT]["run"] for cell in cells for output in cell.get("outputs", []) if RESULT in output.get("data", {})]
+        found = [
+            output["data"][RESULT]["run"]
+            for cell in cells
+            for output in cell.get("outputs", [])
+            if RESULT in output.get("data", {})
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return found[-1] if found else ""
@@ -240,7 +332,7 @@ if __name__ == "__main__":
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR) # a job without a terminal
+            os.open(os.devnull, os.O_RDWR)  # a job without a terminal
     if sys.argv[1:] == ["--check"]:
         sys.exit(verdict())
     sys.stdout, sys.stderr = lasting(1), lasting(2)

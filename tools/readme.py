@@ -1,7 +1,9 @@
-"""Render README.md from nbs/index.ipynb with nbconvert: cells marked `#| hide` go, links are rewritten from nbs/ to the root.
+"""Render README.md from nbs/index.ipynb with nbconvert: cells marked `#| hide` go, links are
+rewritten from nbs/ to the root.
 
-    python tools/readme.py
+python tools/readme.py
 """
+
 import posixpath
 import re
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
+
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "docs/index_files"
@@ -20,12 +23,16 @@ def render(index: Path = ROOT / "nbs" / "index.ipynb") -> tuple[str, dict]:
     book = nbformat.read(index, 4)
     for cell in book.cells:
         if cell.cell_type == "markdown":
-            cell.source = LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), cell.source)
+            cell.source = LINK.sub(
+                lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), cell.source
+            )
     config = Config()
     config.RegexRemovePreprocessor.patterns = [r"#\|\s*hide"]
     exporter = MarkdownExporter(config=config)
     exporter.register_preprocessor("nbconvert.preprocessors.RegexRemovePreprocessor", enabled=True)
-    text, resources = exporter.from_notebook_node(book, {"output_files_dir": FIGURES, "unique_key": "index"})
+    text, resources = exporter.from_notebook_node(
+        book, {"output_files_dir": FIGURES, "unique_key": "index"}
+    )
     text = "\n".join(line.rstrip() for line in text.splitlines()).strip() + "\n"
     return re.sub(r"\n{3,}", "\n\n", text), resources.get("outputs", {})
 

@@ -1,4 +1,7 @@
-"What a client may ask for: runs by id, solvers that fit, every value checked, every error one sentence."
+"""What a client may ask for: runs by id, solvers that fit, every value checked, every error one
+sentence.
+"""
+
 import base64
 import csv
 import html
@@ -8,30 +11,24 @@ import threading
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import gradio as gr
 import torch
 
-from cudlab.core import Args
-from cudlab.core import guess
-from cudlab.core import spec
+from cudlab.core import Args, guess, spec
 from cudlab.data import POINTS
 from cudlab.dode import NATIVE
 from cudlab.path import GRIDS
-from cudlab.run import METHODS
-from cudlab.run import Run
-from cudlab.run import runs
-from cudlab.solver import SOLVERS
-from cudlab.solver import Solver
-from cudlab.solver import Trajectory
-from cudlab.solver import steps_for
+from cudlab.run import METHODS, Run, runs
+from cudlab.solver import SOLVERS, Solver, Trajectory, steps_for
+
 
 LOG = logging.getLogger("cudlab.explorer")
-MOST = dict(steps=256, nfe=1024, count=64, columns=33, scores=24, n=10_000, seconds=120, walks=96 * 2**20)
+MOST = dict(
+    steps=256, nfe=1024, count=64, columns=33, scores=24, n=10_000, seconds=120, walks=96 * 2**20
+)
 ANY = "any"
 LOWER = {"auto": None, "yes": True, "no": False}
 
@@ -39,6 +36,7 @@ LOWER = {"auto": None, "yes": True, "no": False}
 @dataclass
 class Ask(Args):
     "Everything on the form that decides a picture."
+
     run: str = spec("", "the run to sample")
     weights: str = spec("ema", "average or raw weights", choices=("ema", "raw"))
     head: int = spec(1, "output head of the network", low=1, high=64)
@@ -59,6 +57,7 @@ NAMES = [f.name for f in fields(Ask)]
 
 # Errors
 
+
 def sentence(error: Exception) -> str:
     "What went wrong in one line of at most 200 characters, safe to show as HTML."
     words = " ".join(str(error).split()) or type(error).__name__
@@ -73,14 +72,30 @@ def in_words():
     except gr.Error:
         raise
     except ValueError as e:
-        raise gr.Error(sentence(e), duration=8, title="Not possible", print_exception=False) from None
+        raise gr.Error(
+            sentence(e), duration=8, title="Not possible", print_exception=False
+        ) from None
     except FileNotFoundError as e:
-        raise gr.Error(f"a file of this run is gone: {sentence(e)[:150]}", duration=8, title="Run changed", print_exception=False) from None
+        raise gr.Error(
+            f"a file of this run is gone: {sentence(e)[:150]}",
+            duration=8,
+            title="Run changed",
+            print_exception=False,
+        ) from None
     except torch.OutOfMemoryError:
-        raise gr.Error("not enough memory on the device: ask for fewer samples", duration=8, title="Not possible", print_exception=False) from None
+        raise gr.Error(
+            "not enough memory on the device: ask for fewer samples",
+            duration=8,
+            title="Not possible",
+            print_exception=False,
+        ) from None
     except Exception as e:
         LOG.exception("the explorer failed")
-        raise gr.Error(f"the explorer failed ({type(e).__name__}); the server's log says more", duration=8, print_exception=False) from None
+        raise gr.Error(
+            f"the explorer failed ({type(e).__name__}); the server's log says more",
+            duration=8,
+            print_exception=False,
+        ) from None
 
 
 class Clock:
@@ -91,14 +106,19 @@ class Clock:
 
     def check(self):
         if time.perf_counter() - self.began > self.limit:
-            raise ValueError(f"stopped after {self.limit} s, the longest a request may take: ask for fewer samples, steps or points")
+            raise ValueError(
+                f"stopped after {self.limit} s, the longest a request may take: ask for fewer "
+                "samples, steps or points"
+            )
 
 
 def names_of(chosen, what: str, most: int) -> list:
     "A list of names from a client."
     found = [chosen] if isinstance(chosen, str) else chosen
     if not isinstance(found, list) or not all(isinstance(n, str) for n in found) or not found:
-        raise ValueError(f"{what} = {str(chosen)[:40]!r} is not a list of names; choose at least one")
+        raise ValueError(
+            f"{what} = {str(chosen)[:40]!r} is not a list of names; choose at least one"
+        )
     if len(found) > most:
         raise ValueError(f"{what}: {len(found)} are chosen; at most {most} are possible")
     return list(dict.fromkeys(found))
@@ -128,7 +148,9 @@ def manifest(folder) -> tuple:
 def menu() -> list:
     "Choices of the run menu: (what a person reads, id)."
     part = lambda r: "" if r.step == r.steps else f", step {r.step:,} of {r.steps:,}"
-    return [(f"{r.name}  ·  {r.method} on {r.data}{part(r)}", r.name) for r in listed() if not r.damaged]
+    return [
+        (f"{r.name}  ·  {r.method} on {r.data}{part(r)}", r.name) for r in listed() if not r.damaged
+    ]
 
 
 def opened(name) -> Run:
@@ -137,7 +159,10 @@ def opened(name) -> Run:
         raise ValueError("no run is chosen; train one with: python -m cudlab.run train")
     known = {r.name: r for r in listed()}
     if name not in known:
-        raise ValueError(f"the run {name[:60]!r} is not here (any more){guess(name, known)}; reload the page for the runs there are")
+        raise ValueError(
+            f"the run {name[:60]!r} is not here (any more){guess(name, known)}; reload the page "
+            "for the runs there are"
+        )
     if known[name].damaged:
         raise ValueError(f"the run {name!r} is damaged: {known[name].damaged}")
     key = str(known[name].path), manifest(known[name].path)
@@ -153,9 +178,18 @@ def opened(name) -> Run:
 
 
 def preferred(wanted: str = "") -> str:
-    "The run a page opens with: the one wanted, else your newest that is finished, else one that ships, on full-size pictures if there is one, else one under way; None if there is none."
+    """The run a page opens with: the one wanted, else your newest that is finished, else one that
+    ships, on full-size pictures if there is one, else one under way; None if there is none.
+    """
     good = [r for r in listed() if not r.damaged]
-    rank = lambda r: (r.name != wanted, not r.step, r.step < r.steps, r.shipped and r.method != "cud", r.shipped and r.data in (*POINTS, "digits"), r.shipped and r.data in POINTS)
+    rank = lambda r: (
+        r.name != wanted,
+        not r.step,
+        r.step < r.steps,
+        r.shipped and r.method != "cud",
+        r.shipped and r.data in (*POINTS, "digits"),
+        r.shipped and r.data in POINTS,
+    )
     return min(good, key=rank).name if good else None
 
 
@@ -171,9 +205,17 @@ def flat(run: Run) -> bool:
 
 # Solvers: those of the lab, and the learned ones that fit a run
 
+
 def learned(run: Run = None) -> list:
     "The finished runs that hold a solver, those that fit the network of a run if one is given."
-    held = [Run(r.path) for r in listed() if not r.damaged and r.step == r.steps and METHODS[r.method].product == "solver" and r.name not in SOLVERS]
+    held = [
+        Run(r.path)
+        for r in listed()
+        if not r.damaged
+        and r.step == r.steps
+        and METHODS[r.method].product == "solver"
+        and r.name not in SOLVERS
+    ]
     if run is None:
         return [h.name for h in held]
     try:
@@ -189,9 +231,13 @@ def possible(run: Run) -> list:
 
 
 def kept(run: Run, names: list, solver) -> str:
-    "The solver to go on with on a run: the one it is made for, else the one there was if it is offered, else Euler."
+    """The solver to go on with on a run: the one it is made for, else the one there was if it is
+    offered, else Euler.
+    """
     own = run.own["solver"]
-    return next((s for s in ([] if own == "euler" else [own]) + [solver, own] if s in names), "euler")
+    return next(
+        (s for s in ([] if own == "euler" else [own]) + [solver, own] if s in names), "euler"
+    )
 
 
 def offered(names: list) -> list:
@@ -206,11 +252,19 @@ def entry(name: str, run: Run = None) -> Solver:
     if name in learned(run):
         return opened(name).solver()
     if name in learned():
-        raise ValueError(f"{name} was fitted for the network of {opened(name).info['teacher']['name']}, not for the one of {run.name}")
-    raise ValueError(f"the solver {name[:60]!r} is not offered here{guess(name[:60], [*SOLVERS, *learned(run)])}; choose one of the list")
+        raise ValueError(
+            f"{name} was fitted for the network of {opened(name).info['teacher']['name']}, not "
+            f"for the one of {run.name}"
+        )
+    raise ValueError(
+        f"the solver {name[:60]!r} is not offered "
+        f"here{guess(name[:60], [*SOLVERS, *learned(run)])}; choose one of the list"
+    )
 
 
-def moves(name: str, solver: Solver, by: str, amount: int, denoise: bool = True, guided: bool = False) -> int:
+def moves(
+    name: str, solver: Solver, by: str, amount: int, denoise: bool = True, guided: bool = False
+) -> int:
     "The number of moves an amount of steps or NFE stands for; with guidance a call counts twice."
     only = len(solver.ts) - 1
     if solver.ts and not denoise:
@@ -225,13 +279,22 @@ def moves(name: str, solver: Solver, by: str, amount: int, denoise: bool = True,
         raise ValueError(f"{name} chooses its calls itself: ask for steps instead of NFE")
     if guided:
         if amount % 2:
-            raise ValueError(f"NFE = {amount} is not possible with guidance: each of its calls counts twice; {amount - 1 or 2} or {amount + 1} is")
+            raise ValueError(
+                f"NFE = {amount} is not possible with guidance: each of its calls counts twice; "
+                f"{amount - 1 or 2} or {amount + 1} is"
+            )
         amount //= 2
     steps = steps_for(solver, amount, denoise)
     if steps is None:
         costs = [solver.calls(n, denoise) for n in ([only] if solver.ts else range(1, amount + 2))]
-        near = max((c for c in costs if c < amount), default=""), min((c for c in costs if c > amount), default="")
-        raise ValueError(f"NFE = {amount} is not possible with {name}; {' or '.join(str(c) for c in near if c)} is")
+        near = (
+            max((c for c in costs if c < amount), default=""),
+            min((c for c in costs if c > amount), default=""),
+        )
+        raise ValueError(
+            f"NFE = {amount} is not possible with {name}; "
+            f"{' or '.join(str(c) for c in near if c)} is"
+        )
     if steps > MOST["steps"]:
         raise ValueError(f"NFE = {amount} means {steps} steps; at most {MOST['steps']}")
     return steps
@@ -244,13 +307,15 @@ def guided(label, guidance) -> bool:
 
 # A walk: what was asked for, opened and ready to go
 
+
 @dataclass(frozen=True)
 class Walk:
     "A checked request: the run, the number of moves, and the arguments of `Run.walk`."
+
     ask: Ask
     run: Run
     steps: int
-    choices: dict # of Run.walk and Run.solve
+    choices: dict  # of Run.walk and Run.solve
 
     def states(self):
         "The states as they come, with a limit on the time."
@@ -261,31 +326,65 @@ class Walk:
 
     def script(self) -> str:
         "The Python that makes the same trajectory."
-        usual = dict(weights="ema", head=1, y=None, guidance=1.0, lower_order_final=None, denoise=True)
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.choices.items() if k not in usual or usual[k] != v)
+        usual = dict(
+            weights="ema", head=1, y=None, guidance=1.0, lower_order_final=None, denoise=True
+        )
+        shown = ", ".join(
+            f"{k}={v!r}" for k, v in self.choices.items() if k not in usual or usual[k] != v
+        )
         return f"Run.open({self.ask.run!r}).solve({shown})"
 
     def flow(self):
         "The velocity the walk follows."
         ask = self.ask
         y = self.choices["y"]
-        return self.run.velocity(ask.weights, ask.head, None if y is None else self.run.labels(y, ask.count), ask.guidance)
+        return self.run.velocity(
+            ask.weights,
+            ask.head,
+            None if y is None else self.run.labels(y, ask.count),
+            ask.guidance,
+        )
 
 
 def asked(form) -> Walk:
     "The form as a walk that can be made, or a `ValueError`."
     ask = Ask(**dict(zip(NAMES, form)))
     run = opened(ask.run)
-    steps = moves(ask.solver, entry(ask.solver, run), ask.by, ask.amount, ask.denoise, guided(ask.label, ask.guidance))
+    steps = moves(
+        ask.solver,
+        entry(ask.solver, run),
+        ask.by,
+        ask.amount,
+        ask.denoise,
+        guided(ask.label, ask.guidance),
+    )
     y = None
     if ask.label != ANY:
         if ask.label not in labels(run):
-            raise ValueError(f"class = {ask.label[:40]!r} is not one of {', '.join([ANY, *labels(run)])}")
+            raise ValueError(
+                f"class = {ask.label[:40]!r} is not one of {', '.join([ANY, *labels(run)])}"
+            )
         y = labels(run).index(ask.label)
     if ask.head > run.heads:
         raise ValueError(f"head = {ask.head} is out of range: {run.name} has {run.heads}")
-    return Walk(ask, run, steps, dict(seed=ask.seed, index=ask.count, steps=steps, solver=ask.solver, grid=ask.grid, weights=ask.weights, head=ask.head, y=y,
-                                      guidance=ask.guidance, lower_order_final=LOWER[ask.lower_order_final], denoise=ask.denoise))
+    return Walk(
+        ask,
+        run,
+        steps,
+        dict(
+            seed=ask.seed,
+            index=ask.count,
+            steps=steps,
+            solver=ask.solver,
+            grid=ask.grid,
+            weights=ask.weights,
+            head=ask.head,
+            y=y,
+            guidance=ask.guidance,
+            lower_order_final=LOWER[ask.lower_order_final],
+            denoise=ask.denoise,
+        ),
+    )
 
 
 def timed(states):
@@ -303,13 +402,25 @@ WALKS = OrderedDict()
 
 def trajectory(states: list, run: Run) -> Trajectory:
     "The states of a walk as a trajectory on the CPU."
-    return Trajectory(torch.tensor([float(s.t) for s in states]), torch.stack([s.x for s in states]).cpu(),
-                      torch.stack([s.v for s in states[1:]]).cpu(), states[-1].nfe, run.noise_path)
+    return Trajectory(
+        torch.tensor([float(s.t) for s in states]),
+        torch.stack([s.x for s in states]).cpu(),
+        torch.stack([s.v for s in states[1:]]).cpu(),
+        states[-1].nfe,
+        run.noise_path,
+    )
 
 
 def remember(walk: Walk, tau: Trajectory = None) -> Trajectory:
-    "Keep a finished trajectory for whoever asks for exactly the same next, or find one; None if it is not kept (any more)."
-    key = (*asdict(walk.ask).values(), str(walk.run.path), manifest(walk.run.path), manifest(walk.run.source.path))
+    """Keep a finished trajectory for whoever asks for exactly the same next, or find one; None if
+    it is not kept (any more).
+    """
+    key = (
+        *asdict(walk.ask).values(),
+        str(walk.run.path),
+        manifest(walk.run.path),
+        manifest(walk.run.source.path),
+    )
     size = lambda t: t.xs.numel() * 8
     with GUARD:
         if tau is not None and size(tau) < MOST["walks"] // 2:
@@ -330,17 +441,32 @@ def finished(walk: Walk) -> Trajectory:
 
 # Small pieces of a page
 
+
 def numbers(pairs: list) -> str:
     "Figures with small-caps names above them."
-    return "<dl class='numbers'>" + "".join(f"<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd></div>" for k, v in pairs) + "</dl>"
+    return (
+        "<dl class='numbers'>"
+        + "".join(
+            f"<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd></div>"
+            for k, v in pairs
+        )
+        + "</dl>"
+    )
 
 
 def table(rows: list, columns: list, caption: str) -> str:
     "Dicts as an HTML table."
     cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
     head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(r.get(c)))}</td>" for c in columns) + "</tr>" for r in rows)
-    return f"<div class='scroll' tabindex='0' role='group' aria-label='{html.escape(caption)}'><table class='plain'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell(r.get(c)))}</td>" for c in columns) + "</tr>"
+        for r in rows
+    )
+    return (
+        "<div class='scroll' tabindex='0' role='group' "
+        f"aria-label='{html.escape(caption)}'><table "
+        f"class='plain'><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def folded(name: str, inside: str) -> str:
@@ -360,5 +486,3 @@ def csv_url(rows: list) -> str:
 def data_url(data: bytes, kind: str) -> str:
     "Bytes as an address that a page can show or save."
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-

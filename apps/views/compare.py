@@ -1,33 +1,34 @@
 "Compare: up to four ways of sampling on the same noise."
+
 import json
 
 import gradio as gr
 import torch
 
 from cudlab import plot
-from cudlab.metrics import interval
-from cudlab.metrics import keep
+from cudlab.metrics import interval, keep
 from cudlab.solver import solve
 from cudlab.trajectory import rms
-from views.ask import NAMES
-from views.ask import Walk
-from views.ask import asked
-from views.ask import data_url
-from views.ask import entry
-from views.ask import flat
-from views.ask import in_words
-from views.ask import kept
-from views.ask import manifest
-from views.ask import numbers
-from views.ask import opened
-from views.ask import possible
-from views.ask import remember
-from views.ask import table
-from views.ask import timed
-from views.ask import trajectory
-from views.trajectory import cloud
-from views.trajectory import mosaic
-from views.trajectory import reference
+from views.ask import (
+    NAMES,
+    Walk,
+    asked,
+    data_url,
+    entry,
+    flat,
+    in_words,
+    kept,
+    manifest,
+    numbers,
+    opened,
+    possible,
+    remember,
+    table,
+    timed,
+    trajectory,
+)
+from views.trajectory import cloud, mosaic, reference
+
 
 NONE = "none"
 COLUMN = ("run", "solver", "amount", "grid", "weights", "head")
@@ -44,7 +45,21 @@ def goal(walk: Walk) -> tuple:
         with torch.no_grad():
             return solve(flow, x, torch.linspace(1, 0, 65), "heun", root.noise_path).x
 
-    return name, keep(("goal", str(root.path), manifest(root.path), walk.run.config.method, ask.weights, ask.head, ask.guidance, ask.label, ask.seed, ask.count), compute)
+    return name, keep(
+        (
+            "goal",
+            str(root.path),
+            manifest(root.path),
+            walk.run.config.method,
+            ask.weights,
+            ask.head,
+            ask.guidance,
+            ask.label,
+            ask.seed,
+            ask.count,
+        ),
+        compute,
+    )
 
 
 def paired(values: torch.Tensor) -> str:
@@ -60,10 +75,23 @@ def columns_of(seed, count, row) -> list:
         values = dict(zip(COLUMN, row[k * len(COLUMN) : (k + 1) * len(COLUMN)]))
         if values.get("run") in (None, "", NONE):
             continue
-        form = dict(by="NFE", seed=seed, count=count, label="any", guidance=1.0, lower_order_final="auto", denoise=True) | values
+        form = (
+            dict(
+                by="NFE",
+                seed=seed,
+                count=count,
+                label="any",
+                guidance=1.0,
+                lower_order_final="auto",
+                denoise=True,
+            )
+            | values
+        )
         try:
             walk = asked([form[n] for n in NAMES])
-            if why := walk.run.refuses(**{k: walk.choices[k] for k in ("solver", "steps", "grid", "denoise", "guidance")}):
+            if why := walk.run.refuses(
+                **{k: walk.choices[k] for k in ("solver", "steps", "grid", "denoise", "guidance")}
+            ):
                 raise ValueError(why)
             found.append((letter, walk))
         except ValueError as e:
@@ -73,7 +101,11 @@ def columns_of(seed, count, row) -> list:
     first = found[0][1].run
     for letter, walk in found[1:]:
         if walk.run.shape != first.shape:
-            raise ValueError(f"column {letter}: {walk.run.name} makes samples of {' x '.join(map(str, walk.run.shape))}, {first.name} of {' x '.join(map(str, first.shape))}; their noise cannot be the same")
+            raise ValueError(
+                f"column {letter}: {walk.run.name} makes samples of "
+                f"{' x '.join(map(str, walk.run.shape))}, {first.name} of "
+                f"{' x '.join(map(str, first.shape))}; their noise cannot be the same"
+            )
     return found
 
 
@@ -88,21 +120,49 @@ def compared(seed, count, *row):
             for state, took in timed(walk.states()):
                 spent[letter] += took
                 states.append(state)
-                yield text, gr.skip(), numbers([("column", f"{letter}, step {state.i} of {walk.steps}")]), ""
+                yield (
+                    text,
+                    gr.skip(),
+                    numbers([("column", f"{letter}, step {state.i} of {walk.steps}")]),
+                    "",
+                )
             tau = trajectory(states, walk.run)
             remember(walk, tau)
             ends[letter] = tau
             if not plane:
                 sheet = mosaic(tau.x)
                 text = text or json.dumps(dict(w=sheet.width, h=sheet.height)) + "\n"
-                text += json.dumps(dict(letter=letter, name=name_of(walk), words=f"{tau.nfe:g} NFE, {1000 * spent[letter]:.0f} ms", src=data_url(plot.encoded(sheet), "image/png"))) + "\n"
+                text += (
+                    json.dumps(
+                        dict(
+                            letter=letter,
+                            name=name_of(walk),
+                            words=f"{tau.nfe:g} NFE, {1000 * spent[letter]:.0f} ms",
+                            src=data_url(plot.encoded(sheet), "image/png"),
+                        )
+                    )
+                    + "\n"
+                )
                 yield text, gr.skip(), gr.skip(), gr.skip()
-        figure = plot.endpoints({f"{letter} {name_of(walk)}": ends[letter].x for letter, walk in columns}, cloud(columns[0][1].run.config.data)) if plane else None
+        figure = (
+            plot.endpoints(
+                {f"{letter} {name_of(walk)}": ends[letter].x for letter, walk in columns},
+                cloud(columns[0][1].run.config.data),
+            )
+            if plane
+            else None
+        )
         yield text, figure, numbers([("the reference", "Heun, 64 steps")]), gr.skip()
         apart = {}
         for letter, walk in columns:
             tau = ends[letter]
-            line = {"": letter, "sampled": name_of(walk), "steps": walk.steps, "NFE": f"{tau.nfe:g}", "solver time": f"{1000 * spent[letter]:.0f} ms"}
+            line = {
+                "": letter,
+                "sampled": name_of(walk),
+                "steps": walk.steps,
+                "NFE": f"{tau.nfe:g}",
+                "solver time": f"{1000 * spent[letter]:.0f} ms",
+            }
             try:
                 name, x = goal(walk)
                 apart[letter] = rms(tau.x - x)
@@ -116,19 +176,42 @@ def compared(seed, count, *row):
                     line[f"nearer than {first} by"] = paired(apart[first] - apart[letter])
             lines.append(line)
         names = list(dict.fromkeys(k for line in lines for k in line))
-        yield (text, gr.skip(), numbers([("samples", columns[0][1].ask.count), ("seed", columns[0][1].ask.seed), ("columns", len(columns))]),
-               table(lines, names, "root mean square distances, mean over the samples and 95 % interval; the same noise in every column"))
+        yield (
+            text,
+            gr.skip(),
+            numbers(
+                [
+                    ("samples", columns[0][1].ask.count),
+                    ("seed", columns[0][1].ask.seed),
+                    ("columns", len(columns)),
+                ]
+            ),
+            table(
+                lines,
+                names,
+                "root mean square distances, mean over the samples and 95 % interval; the same "
+                "noise in every column",
+            ),
+        )
 
 
 def name_of(walk: Walk) -> str:
     "A column in words."
     ask = walk.ask
-    rest = [*([f"grid {ask.grid}"] if ask.grid != "uniform" else []), *([ask.weights] if ask.weights != "ema" else []), *([f"head {ask.head}"] if ask.head > 1 else [])]
-    return ", ".join([ask.run, *([ask.solver] if ask.solver != ask.run else []), f"{ask.amount} NFE", *rest])
+    rest = [
+        *([f"grid {ask.grid}"] if ask.grid != "uniform" else []),
+        *([ask.weights] if ask.weights != "ema" else []),
+        *([f"head {ask.head}"] if ask.head > 1 else []),
+    ]
+    return ", ".join(
+        [ask.run, *([ask.solver] if ask.solver != ask.run else []), f"{ask.amount} NFE", *rest]
+    )
 
 
 def seated(name, solver="euler", amount=4) -> tuple:
-    "Solver, NFE, grid and head of a column when its run or solver is chosen: what that leaves no choice about is set."
+    """Solver, NFE, grid and head of a column when its run or solver is chosen: what that leaves no
+    choice about is set.
+    """
     with in_words():
         if name in (None, "", NONE):
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
@@ -139,7 +222,12 @@ def seated(name, solver="euler", amount=4) -> tuple:
             return solver, made.calls(run.fixed["steps"]), run.fixed["grid"], 1
         if made.ts:
             return solver, made.calls(len(made.ts) - 1), made.grid, made.made_for["head"]
-        return solver, run.own["steps"] if amount == 1 else gr.skip(), gr.skip(), gr.skip() if run.heads > 1 else 1
+        return (
+            solver,
+            run.own["steps"] if amount == 1 else gr.skip(),
+            gr.skip(),
+            gr.skip() if run.heads > 1 else 1,
+        )
 
 
 def script(seed, count, *row) -> str:
@@ -147,4 +235,11 @@ def script(seed, count, *row) -> str:
     with in_words():
         made = {letter.lower(): walk.script() for letter, walk in columns_of(seed, count, row)}
         a, b = [*made, *made][:2]
-        return "\n".join(["from cudlab.run import Run", "", *(f"{k} = {v}" for k, v in made.items()), f"({a}.x - {b}.x).square().mean().sqrt()" if len(made) > 1 else f"{a}.x"])
+        return "\n".join(
+            [
+                "from cudlab.run import Run",
+                "",
+                *(f"{k} = {v}" for k, v in made.items()),
+                f"({a}.x - {b}.x).square().mean().sqrt()" if len(made) > 1 else f"{a}.x",
+            ]
+        )

@@ -1,38 +1,37 @@
 "Runs: find one among a thousand, open it, read all about it, and see in what runs differ."
+
 import html
 import json
 import shlex
 import time
-from dataclasses import MISSING
-from dataclasses import dataclass
-from dataclasses import fields
+from dataclasses import MISSING, dataclass, fields
 
 import gradio as gr
 
 from cudlab import plot
-from cudlab.core import Args
-from cudlab.core import spec
-from cudlab.run import METHODS
-from cudlab.run import Run
-from cudlab.run import RunInfo
-from cudlab.run import count_of
-from cudlab.run import differences
-from views.ask import folded
-from views.ask import in_words
-from views.ask import labels
-from views.ask import listed
-from views.ask import names_of
-from views.ask import numbers
-from views.ask import opened
-from views.ask import sentence
-from views.ask import table
+from cudlab.core import Args, spec
+from cudlab.run import METHODS, Run, RunInfo, count_of, differences
+from views.ask import folded, in_words, labels, listed, names_of, numbers, opened, sentence, table
+
 
 ALL = "all"
 MOST_BESIDE = 6
-HEADERS = ["run", "method", "data", "steps", "parameters", "fd", "NFE", "measured with", "changed", "state"]
+HEADERS = [
+    "run",
+    "method",
+    "data",
+    "steps",
+    "parameters",
+    "fd",
+    "NFE",
+    "measured with",
+    "changed",
+    "state",
+]
 NUMERIC = [HEADERS.index(h) for h in ("steps", "parameters", "fd", "NFE")]
 
-# A thousand rows at once: the grid that comes with Gradio holds the page for seconds, a plain table does not.
+# A thousand rows at once: the grid that comes with Gradio holds the page for seconds, a plain table
+# does not.
 LIST = """
 const numeric = new Set(NUMERIC), order = {by: -1, up: true};
 const box = element.querySelector('.runs-list'), make = (tag, text) => { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; return e; };
@@ -88,12 +87,13 @@ tbody tr[aria-current] td:first-child {font-weight: 600}
 """
 
 
-
 # The list
+
 
 @dataclass
 class Filter(Args):
     "Which runs are listed."
+
     method: str = spec(ALL, "what trained them", choices=(ALL, *METHODS))
     data: str = spec(ALL, "data set")
     text: str = spec("", "words that must all occur in name, method, data, teacher or state")
@@ -104,7 +104,13 @@ def state(r: RunInfo) -> str:
     if r.damaged:
         return f"damaged: {r.damaged.removeprefix(f'run {r.name!r} is damaged: ')}"
     at = "" if r.status in ("done", "new") else f" at {r.step:,} of {r.steps:,}"
-    word = "shipped" if r.shipped and r.status == "done" else "yours" if r.status == "done" else r.status
+    word = (
+        "shipped"
+        if r.shipped and r.status == "done"
+        else "yours"
+        if r.status == "done"
+        else r.status
+    )
     return word + at
 
 
@@ -112,26 +118,55 @@ def row(r: RunInfo) -> list:
     "A run as a row of the table, in the order of HEADERS."
     best = r.best or {}
     head = f", head {best['head']}" if best and best["head"] != 1 else ""
-    space = f"fd@{best['extractor']}, {best['solver']}{head}, {best['seeds']} {'seed' if best['seeds'] == 1 else 'seeds'}" if best else ""
+    space = (
+        f"fd@{best['extractor']}, {best['solver']}{head}, {best['seeds']} "
+        f"{'seed' if best['seeds'] == 1 else 'seeds'}"
+        if best
+        else ""
+    )
     fine = not r.damaged
-    return [r.name, r.method, r.data, r.step if fine else None, r.parameters if fine else None, best and float(f"{best['fd']:.4g}") or None, best.get("nfe"), space,
-            (r.changed or r.created)[:16].replace("T", " "), state(r)]
+    return [
+        r.name,
+        r.method,
+        r.data,
+        r.step if fine else None,
+        r.parameters if fine else None,
+        best and float(f"{best['fd']:.4g}") or None,
+        best.get("nfe"),
+        space,
+        (r.changed or r.created)[:16].replace("T", " "),
+        state(r),
+    ]
 
 
 def browse(method: str = ALL, data: str = ALL, text: str = "") -> list:
-    "The runs that pass the filter: rows of run, method, data, steps, parameters, fd, NFE, measured with, changed, state."
+    """The runs that pass the filter: rows of run, method, data, steps, parameters, fd, NFE,
+    measured with, changed, state.
+    """
     with in_words():
         asked = Filter(method=method or ALL, data=data or ALL, text=text or "")
         if len(asked.text) > 200:
-            raise ValueError(f"text = {asked.text[:40]!r}... has {len(asked.text):,} characters; at most 200 are read")
+            raise ValueError(
+                f"text = {asked.text[:40]!r}... has {len(asked.text):,} characters; at most "
+                "200 are read"
+            )
         words = asked.text.casefold().split()
         told = lambda r: " ".join((r.name, r.method, r.data, r.teacher, state(r))).casefold()
-        return [row(r) for r in listed() if asked.method in (ALL, r.method) and asked.data in (ALL, r.data) and all(w in told(r) for w in words)]
+        return [
+            row(r)
+            for r in listed()
+            if asked.method in (ALL, r.method)
+            and asked.data in (ALL, r.data)
+            and all(w in told(r) for w in words)
+        ]
 
 
 def counted(rows: list) -> str:
     "How many runs there are in a table."
-    return f"<p class='caption' role='status'>{len(rows):,} {'run' if len(rows) == 1 else 'runs'}. Choose a row to open it everywhere.</p>"
+    return (
+        f"<p class='caption' role='status'>{len(rows):,} "
+        f"{'run' if len(rows) == 1 else 'runs'}. Choose a row to open it everywhere.</p>"
+    )
 
 
 def shown(method=ALL, data=ALL, text="") -> tuple:
@@ -147,7 +182,11 @@ def refreshed(method=ALL, data=ALL, text="", beside=None) -> tuple:
         sets = sorted({r.data for r in listed() if r.data})
         data = data if data in sets else ALL
         kept = [n for n in beside or [] if n in good]
-    return gr.update(choices=[ALL, *sets], value=data), gr.update(choices=good, value=kept), *shown(method, data, text)
+    return (
+        gr.update(choices=[ALL, *sets], value=data),
+        gr.update(choices=good, value=kept),
+        *shown(method, data, text),
+    )
 
 
 def chosen(event: gr.EventData) -> tuple:
@@ -159,6 +198,7 @@ def chosen(event: gr.EventData) -> tuple:
 
 # Several runs
 
+
 def apart(names=None) -> str:
     "The configuration keys in which up to six runs differ, as a table."
     with in_words():
@@ -167,16 +207,24 @@ def apart(names=None) -> str:
             return "<p class='caption'>Choose two to six runs to see in what they differ.</p>"
         found = [opened(n) for n in names]
         rows = [{k: "–" if v is None else str(v) for k, v in r.items()} for r in differences(found)]
-        return table(rows, ["key", *names], f"{len(rows)} keys differ") if rows else "<p class='caption'>These runs have the same configuration.</p>"
+        return (
+            table(rows, ["key", *names], f"{len(rows)} keys differ")
+            if rows
+            else "<p class='caption'>These runs have the same configuration.</p>"
+        )
 
 
 # One run
+
 
 def command(config) -> str:
     "The command line that trains this run again."
     parts = ["python", "-m", "cudlab.run", "train"]
     for f in fields(config):
-        value, usual = getattr(config, f.name), f.default if f.default is not MISSING else f.default_factory()
+        value, usual = (
+            getattr(config, f.name),
+            f.default if f.default is not MISSING else f.default_factory(),
+        )
         if f.name == "args":
             parts += [f"args.{k}={v}" for k, v in value.items()]
         elif value != usual:
@@ -185,35 +233,75 @@ def command(config) -> str:
 
 
 def numbers_of(run: Run) -> str:
-    "What a run that holds a solver has learned, in a line each: for which network, and the numbers with their spread."
+    """What a run that holds a solver has learned, in a line each: for which network, and the
+    numbers with their spread.
+    """
     if run.method.product != "solver":
         return ""
     teacher, held = run.info["teacher"], run.tensors("ema.safetensors")
     batches = held["solver.by_batch"][: held["solver.done"]]
     spread = batches.std(0) if len(batches) > 1 else None
-    values = [" / ".join(f"{v:.3f}" if spread is None or not spread[i, k] else f"{v:.3f}\u00a0±\u00a0{spread[i, k]:.3f}" for k, v in enumerate(line)) for i, line in enumerate(held["solver.lam"].tolist())]
-    told = f"Learned numbers, one a call, mean ± standard deviation over {len(batches)} batches: <code>{', '.join(values)}</code>." if len(batches) else "Nothing is learned yet."
-    return (f"<p class='caption'>{told}</p><p class='caption'>A solver for the network of <b>{html.escape(teacher['name'])}</b>, step {teacher['step']:,}, "
-            f"SHA-256 <code>{html.escape(teacher['network'][:12])}</code>.</p>")
+    values = [
+        " / ".join(
+            f"{v:.3f}"
+            if spread is None or not spread[i, k]
+            else f"{v:.3f}\u00a0±\u00a0{spread[i, k]:.3f}"
+            for k, v in enumerate(line)
+        )
+        for i, line in enumerate(held["solver.lam"].tolist())
+    ]
+    told = (
+        f"Learned numbers, one a call, mean ± standard deviation over {len(batches)} batches: "
+        f"<code>{', '.join(values)}</code>."
+        if len(batches)
+        else "Nothing is learned yet."
+    )
+    return (
+        f"<p class='caption'>{told}</p><p class='caption'>A solver for the network of "
+        f"<b>{html.escape(teacher['name'])}</b>, step {teacher['step']:,}, "
+        f"SHA-256 <code>{html.escape(teacher['network'][:12])}</code>.</p>"
+    )
 
 
 def logged(run: Run) -> str:
     "The log of a training as a table, thinned to twenty rows."
-    rows = [{"step": m["step"], **(m["loss"] if isinstance(m.get("loss"), dict) else {"loss": m.get("loss")})} for m in run.metrics if "step" in m]
+    rows = [
+        {
+            "step": m["step"],
+            **(m["loss"] if isinstance(m.get("loss"), dict) else {"loss": m.get("loss")}),
+        }
+        for m in run.metrics
+        if "step" in m
+    ]
     rows = rows[:: max(1, -(-len(rows) // 20))]
-    return folded("the same as a table", table(rows, list(dict.fromkeys(k for r in rows for k in r)), "loss at every twentieth of the training")) if rows else ""
+    return (
+        folded(
+            "the same as a table",
+            table(
+                rows,
+                list(dict.fromkeys(k for r in rows for k in r)),
+                "loss at every twentieth of the training",
+            ),
+        )
+        if rows
+        else ""
+    )
 
 
 def training(run: Run):
     "The training curve; where a solver was fitted, its error on held-out noise after each batch."
     chart = plot.training(run.metrics)
     if run.method.product == "solver":
-        chart.update_xaxes(title_text="calibration batch", tickformat="d", dtick=max(1, run.length // 10)).update_yaxes(title_text="held-out error")
+        chart.update_xaxes(
+            title_text="calibration batch", tickformat="d", dtick=max(1, run.length // 10)
+        ).update_yaxes(title_text="held-out error")
     return chart
 
 
 def about(name) -> tuple:
-    "Everything known of a run: summary, training curve and the same as a table, command, configuration."
+    """Everything known of a run: summary, training curve and the same as a table, command,
+    configuration.
+    """
     with in_words():
         run = opened(name)
         try:
@@ -221,44 +309,112 @@ def about(name) -> tuple:
         except ValueError as e:
             files, held = sentence(e), ""
         unit = "fitted batches" if run.method.product == "solver" else "trained steps"
-        facts = numbers([("run", run.name), ("method", run.config.method), ("data", run.config.data), (unit, f"{run.step:,} of {run.length:,}"),
-                         ("parameters", count_of(run.info["parameters"]).removesuffix(" parameters")), ("heads", run.heads), ("classes", len(labels(run)) or "none")])
+        facts = numbers(
+            [
+                ("run", run.name),
+                ("method", run.config.method),
+                ("data", run.config.data),
+                (unit, f"{run.step:,} of {run.length:,}"),
+                ("parameters", count_of(run.info["parameters"]).removesuffix(" parameters")),
+                ("heads", run.heads),
+                ("classes", len(labels(run)) or "none"),
+            ]
+        )
         taught = run.info.get("teacher", {}).get("name", "")
         taught = f" Teacher <b>{html.escape(taught)}</b>." if taught else ""
-        rows = [dict(key=f.name, value=str(getattr(run.config, f.name)), meaning=f.metadata.get("help", "")) for f in fields(run.config)]
-        return (facts + held + f"<p class='caption'>Manifest: {files}.{taught} Created {html.escape(run.info['created'][:16].replace('T', ' '))} UTC. Folder <code>{html.escape(str(run.path))}</code></p>",
-                training(run), logged(run), command(run.config), table(rows, ["key", "value", "meaning"], "configuration"))
+        rows = [
+            dict(
+                key=f.name,
+                value=str(getattr(run.config, f.name)),
+                meaning=f.metadata.get("help", ""),
+            )
+            for f in fields(run.config)
+        ]
+        return (
+            facts + held + f"<p class='caption'>Manifest: {files}.{taught} Created "
+            f"{html.escape(run.info['created'][:16].replace('T', ' '))} UTC. Folder "
+            f"<code>{html.escape(str(run.path))}</code></p>",
+            training(run),
+            logged(run),
+            command(run.config),
+            table(rows, ["key", "value", "meaning"], "configuration"),
+        )
 
 
 # The page
 
+
 def build(
-    run: gr.Dropdown, # the run of the whole explorer
-    tab: gr.Tab, # the tab this view is in
+    run: gr.Dropdown,  # the run of the whole explorer
+    tab: gr.Tab,  # the tab this view is in
 ):
     "The view and its wiring; returns the event after which another run is chosen."
     quick = dict(queue=True, show_progress="hidden", concurrency_limit=8)
     with gr.Row(equal_height=False, elem_classes="filters"):
-        method = gr.Dropdown([ALL, *METHODS], value=ALL, label="Method", elem_id="runs-method", min_width=130)
+        method = gr.Dropdown(
+            [ALL, *METHODS], value=ALL, label="Method", elem_id="runs-method", min_width=130
+        )
         data = gr.Dropdown([ALL], value=ALL, label="Data", elem_id="runs-data", min_width=130)
-        text = gr.Textbox("", label="Words", placeholder="name, state, ...", lines=1, max_lines=1, max_length=200, elem_id="runs-text", min_width=180)
+        text = gr.Textbox(
+            "",
+            label="Words",
+            placeholder="name, state, ...",
+            lines=1,
+            max_lines=1,
+            max_length=200,
+            elem_id="runs-text",
+            min_width=180,
+        )
     count = gr.HTML(elem_id="runs-count")
-    frame = gr.HTML("[]", html_template="<div class='runs-list' role='group' aria-label='runs' tabindex='0'></div>", js_on_load=LIST, css_template=LIST_CSS, apply_default_css=False, elem_id="runs-table")
+    frame = gr.HTML(
+        "[]",
+        html_template="<div class='runs-list' role='group' aria-label='runs' tabindex='0'></div>",
+        js_on_load=LIST,
+        css_template=LIST_CSS,
+        apply_default_css=False,
+        elem_id="runs-table",
+    )
     opening = gr.State()
     gr.HTML("<h2 class='group-name'>this run</h2>")
     facts = gr.HTML(elem_id="facts")
     loss = gr.Plot(label="Training", show_label=False, elem_id="loss")
     log = gr.HTML(elem_id="log")
-    made = gr.Code(language="shell", lines=1, label="Command that makes this run", interactive=False)
+    made = gr.Code(
+        language="shell", lines=1, label="Command that makes this run", interactive=False
+    )
     with gr.Accordion("Configuration", open=False):
         config = gr.HTML(elem_id="config")
     gr.HTML("<h2 class='group-name'>differences</h2>")
-    beside = gr.Dropdown([], value=[], multiselect=True, max_choices=MOST_BESIDE, label="Runs beside each other", info="two to six", elem_id="runs-beside")
+    beside = gr.Dropdown(
+        [],
+        value=[],
+        multiselect=True,
+        max_choices=MOST_BESIDE,
+        label="Runs beside each other",
+        info="two to six",
+        elem_id="runs-beside",
+    )
     rows = gr.HTML(apart(), elem_id="differences")
 
     filters, told = [method, data, text], [facts, loss, log, made, config]
-    gr.on([method.input, data.input, text.input], shown, filters, [frame, count], preprocess=False, trigger_mode="always_last", api_visibility="private", **quick)
-    tab.select(refreshed, [*filters, beside], [data, beside, frame, count], preprocess=False, api_visibility="private", **quick)
+    gr.on(
+        [method.input, data.input, text.input],
+        shown,
+        filters,
+        [frame, count],
+        preprocess=False,
+        trigger_mode="always_last",
+        api_visibility="private",
+        **quick,
+    )
+    tab.select(
+        refreshed,
+        [*filters, beside],
+        [data, beside, frame, count],
+        preprocess=False,
+        api_visibility="private",
+        **quick,
+    )
     gr.api(browse, api_name="browse")
     beside.change(apart, beside, rows, preprocess=False, api_name="differences", **quick)
     gr.on([tab.select, run.change], about, run, told, preprocess=False, api_name="about", **quick)

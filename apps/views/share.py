@@ -1,17 +1,14 @@
 "Share: the whole view in the query of the address, checked when it comes back."
-from dataclasses import dataclass
-from dataclasses import fields
 
-from cudlab.core import Args
-from cudlab.core import spec
+from dataclasses import dataclass, fields
+
+from cudlab.core import Args, spec
 from cudlab.dode import NATIVE
 from cudlab.path import GRIDS
 from views.ask import Ask
-from views.compare import COLUMN
-from views.compare import LETTERS
-from views.compare import NONE
-from views.tradeoff import BUDGETS
-from views.tradeoff import Chart
+from views.compare import COLUMN, LETTERS, NONE
+from views.tradeoff import BUDGETS, Chart
+
 
 LONGEST = 2048
 VIEWS = ("trajectory", "velocity", "trade-off", "compare", "runs", "live")
@@ -20,6 +17,7 @@ VIEWS = ("trajectory", "velocity", "trade-off", "compare", "runs", "live")
 @dataclass
 class View(Args):
     "What the address may say beside the form: which view, and what Trade-off and Compare show."
+
     view: str = spec("trajectory", "the open view", choices=VIEWS)
     runs: str = spec("", "runs of the trade-off, with spaces")
     solvers: str = spec("", "solvers of the trade-off, with spaces")
@@ -38,16 +36,24 @@ class View(Args):
 
 
 def typed(text: str, kind):
-    "A value of the address as the type a field wants; what cannot be read stays text, for the check to name."
+    """A value of the address as the type a field wants; what cannot be read stays text, for the
+    check to name.
+    """
     kind = kind if isinstance(kind, str) else kind.__name__
     try:
-        return {"int": int, "float": float, "bool": lambda t: {"true": True, "false": False}[t.lower()]}.get(kind, str)(text)
+        return {
+            "int": int,
+            "float": float,
+            "bool": lambda t: {"true": True, "false": False}[t.lower()],
+        }.get(kind, str)(text)
     except (ValueError, KeyError):
         return text
 
 
 def understood(query: dict) -> tuple:
-    "What an address asks for: ({field: value}, [complaints]); unknown keys are let pass, bad values left out."
+    """What an address asks for: ({field: value}, [complaints]); unknown keys are let pass, bad
+    values left out.
+    """
     found, wrong = {}, []
     if sum(len(str(k)) + len(str(v)) + 2 for k, v in query.items()) > LONGEST:
         return {}, [f"the address is longer than {LONGEST} characters and was not read"]
@@ -60,7 +66,9 @@ def understood(query: dict) -> tuple:
                     if f.name in ("value", "axis", "n"):
                         Chart(**{f.name: value})
                     if f.name in ("a", "b", "c", "d") and not column(value):
-                        raise ValueError(f"{f.name} = {value[:60]!r} is not run~solver~NFE~grid~weights~head")
+                        raise ValueError(
+                            f"{f.name} = {value[:60]!r} is not run~solver~NFE~grid~weights~head"
+                        )
                     found[f.name] = value
                 except ValueError as e:
                     wrong.append(str(e))
@@ -70,8 +78,17 @@ def understood(query: dict) -> tuple:
 def column(text: str) -> dict:
     "A column of the comparison from the address: {} if it is not one."
     parts = text.split("~")
-    found = {k: int(v) if k in ("amount", "head") and v.isdecimal() and len(v) < 9 else v for k, v in zip(COLUMN, parts)}
-    fine = len(parts) == len(COLUMN) and isinstance(found["amount"], int) and isinstance(found["head"], int) and found["grid"] in (*GRIDS, NATIVE) and found["weights"] in ("ema", "raw")
+    found = {
+        k: int(v) if k in ("amount", "head") and v.isdecimal() and len(v) < 9 else v
+        for k, v in zip(COLUMN, parts)
+    }
+    fine = (
+        len(parts) == len(COLUMN)
+        and isinstance(found["amount"], int)
+        and isinstance(found["head"], int)
+        and found["grid"] in (*GRIDS, NATIVE)
+        and found["weights"] in ("ema", "raw")
+    )
     return found if fine else {}
 
 

@@ -1,4 +1,7 @@
-"Trade-off: quality against calls or time, for any runs and solvers, measured where points are missing."
+"""Trade-off: quality against calls or time, for any runs and solvers, measured where points are
+missing.
+"""
+
 import html
 import shlex
 from dataclasses import dataclass
@@ -6,26 +9,26 @@ from dataclasses import dataclass
 import gradio as gr
 
 from cudlab import plot
-from cudlab.core import Args
-from cudlab.core import spec
+from cudlab.core import Args, spec
 from cudlab.dode import NATIVE
-from cudlab.metrics import PROTOCOL
-from cudlab.metrics import comparable
-from cudlab.metrics import curve
+from cudlab.metrics import PROTOCOL, comparable, curve
 from cudlab.path import GRIDS
 from cudlab.run import Run
 from cudlab.solver import SOLVERS
-from views.ask import MOST
-from views.ask import Clock
-from views.ask import csv_url
-from views.ask import entry
-from views.ask import folded
-from views.ask import in_words
-from views.ask import listed
-from views.ask import names_of
-from views.ask import opened
-from views.ask import possible
-from views.ask import table
+from views.ask import (
+    MOST,
+    Clock,
+    csv_url,
+    entry,
+    folded,
+    in_words,
+    listed,
+    names_of,
+    opened,
+    possible,
+    table,
+)
+
 
 VALUES = ("fd", "kd", "fd_inf", "precision", "recall", "density", "coverage", "sliced", "endpoint")
 AXES = {"NFE": "nfe", "wall time": "ms"}
@@ -36,6 +39,7 @@ BUDGETS = "1, 2, 4, 8, 16"
 @dataclass
 class Chart(Args):
     "What is drawn, and how a missing point is measured."
+
     value: str = spec("fd", "which score", choices=VALUES)
     axis: str = spec("NFE", "what it is drawn against", choices=tuple(AXES))
     grid: str = spec("uniform", "time grid", choices=(*GRIDS, NATIVE))
@@ -44,20 +48,38 @@ class Chart(Args):
 
 def whole_numbers(text, what: str, low: int, high: int, most: int) -> list:
     "Numbers from what a person typed: 1, 2, 4."
-    parts = [p for p in str("" if text is None else text).replace(";", ",").replace(" ", ",").split(",") if p]
+    parts = [
+        p
+        for p in str("" if text is None else text).replace(";", ",").replace(" ", ",").split(",")
+        if p
+    ]
     for part in parts:
         if not part.isdecimal() or len(part) > 16 or not low <= int(part) <= high:
-            raise ValueError(f"{what} = {part[:40]!r} is not a whole number from {low} to {high}; write them as {low}, {low + 1}, {low + 2}")
+            raise ValueError(
+                f"{what} = {part[:40]!r} is not a whole number from {low} to {high}; write them "
+                f"as {low}, {low + 1}, {low + 2}"
+            )
     if not parts or len(set(parts)) > most:
-        raise ValueError(f"{what}: {'nothing is' if not parts else f'{len(set(parts))} numbers are'} given; write 1 to {most} of them as {low}, {low + 1}, {low + 2}")
+        raise ValueError(
+            f"{what}: {'nothing is' if not parts else f'{len(set(parts))} numbers are'} given; "
+            f"write 1 to {most} of them as {low}, {low + 1}, {low + 2}"
+        )
     return sorted(set(map(int, parts)))
 
 
 def beside(run: Run) -> tuple:
-    "What a run is shown with unless asked otherwise: itself and its teacher; its own solver and the baselines."
+    """What a run is shown with unless asked otherwise: itself and its teacher; its own solver and
+    the baselines.
+    """
     shown = {r.name for r in listed() if not r.damaged}
-    kin = [n for n in (run.info.get("teacher", {}).get("name"), run.root.name if run.root else None) if n in shown]
-    return list(dict.fromkeys([run.name, *kin])), list(dict.fromkeys([run.own["solver"], *BASELINES]))
+    kin = [
+        n
+        for n in (run.info.get("teacher", {}).get("name"), run.root.name if run.root else None)
+        if n in shown
+    ]
+    return list(dict.fromkeys([run.name, *kin])), list(
+        dict.fromkeys([run.own["solver"], *BASELINES])
+    )
 
 
 def samples(run: Run) -> int:
@@ -67,21 +89,27 @@ def samples(run: Run) -> int:
 
 
 def selected(names: list, solvers: list, grid: str) -> list:
-    "The scores of these runs with these solvers on this grid; what is made for one grid or is a run of its own counts on it."
+    """The scores of these runs with these solvers on this grid; what is made for one grid or is a
+    run of its own counts on it.
+    """
     found = []
     for name in names:
         run = opened(name)
         mine = {run.name, *solvers} if run.method.product == "solver" else set(solvers)
         for score in run.scores:
             solver = score.get("solver")
-            want = (run.fixed or {}).get("grid") or (SOLVERS[solver].grid if grid == NATIVE and solver in SOLVERS else grid)
+            want = (run.fixed or {}).get("grid") or (
+                SOLVERS[solver].grid if grid == NATIVE and solver in SOLVERS else grid
+            )
             if solver in mine and (score.get("grid", "uniform") == want or solver not in SOLVERS):
                 found.append(score)
     return found
 
 
 def protocol(scores: list, newest: dict = None) -> list:
-    "The largest set of scores that may share an axis, the newest where sizes tie; the one of a score that was just measured."
+    """The largest set of scores that may share an axis, the newest where sizes tie; the one of a
+    score that was just measured.
+    """
     groups = []
     for score in scores:
         home = next((g for g in groups if not comparable(g[0], score)), None)
@@ -100,33 +128,112 @@ def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tupl
     group = protocol(scores, newest)
     have = [s for s in group if s.get(chart.value) is not None]
     if not have:
-        why = f"None of these scores holds {chart.value}: they are from before it was measured, or it does not exist for these runs." if group else "Nothing measured yet."
-        return plot.tradeoff([], chart.value, AXES[chart.axis]), f"<p class='caption'>{why} Choose solvers and numbers of calls, then press <b>Measure missing points</b>.</p>", ""
-    words = ", ".join(f"{html.escape(k)} <b>{html.escape(str(group[0][k]))}</b>" for k in (*PROTOCOL, "device") if group[0].get(k) not in (None, ""))
+        why = (
+            f"None of these scores holds {chart.value}: they are from before it was measured, or "
+            "it does not exist for these runs."
+            if group
+            else "Nothing measured yet."
+        )
+        return (
+            plot.tradeoff([], chart.value, AXES[chart.axis]),
+            f"<p class='caption'>{why} Choose solvers and numbers of calls, then press <b>Measure "
+            "missing points</b>.</p>",
+            "",
+        )
+    words = ", ".join(
+        f"{html.escape(k)} <b>{html.escape(str(group[0][k]))}</b>"
+        for k in (*PROTOCOL, "device")
+        if group[0].get(k) not in (None, "")
+    )
     lines = {}
     for s in have:
         lines.setdefault(plot.line_name(s), set()).add(s.get("seed", 0))
     single = sum(len(found) == 1 for found in lines.values())
-    bars = "Bars: 95 % intervals" + (" over the samples of the one seed" if single == len(lines) else " over the seeds" if not single else f" over the seeds; over the samples for {single} of {len(lines)} lines, which have one seed") + "."
+    bars = (
+        "Bars: 95 % intervals"
+        + (
+            " over the samples of the one seed"
+            if single == len(lines)
+            else " over the seeds"
+            if not single
+            else f" over the seeds; over the samples for {single} of {len(lines)} lines, which "
+            "have one seed"
+        )
+        + "."
+    )
     seeds = ", ".join(str(s) for s in sorted({s.get("seed", 0) for s in have}))
     note = next((s["note"] for s in have if s.get("note")), "")
-    left = next((f" {len(scores) - len(group)} scores are not on this axis: {html.escape(comparable(group[0], s))}." for s in scores if s not in group), "")
-    timed = " Times are those of the clock when each score was measured: other work on the machine lengthens them." if AXES[chart.axis] == "ms" else ""
+    left = next(
+        (
+            f" {len(scores) - len(group)} scores are not on this axis: "
+            f"{html.escape(comparable(group[0], s))}."
+            for s in scores
+            if s not in group
+        ),
+        "",
+    )
+    timed = (
+        " Times are those of the clock when each score was measured: other work on the machine "
+        "lengthens them."
+        if AXES[chart.axis] == "ms"
+        else ""
+    )
     looked = html.escape(", ".join(sorted({s["run"] for s in have if s.get("seen")})))
-    caption = (f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>. {bars}{f' {html.escape(note)}.' if note else ''}{left}"
-               f"{f' Trained through features of this family, so not judged by them: <b>{looked}</b>.' if looked else ''}{timed}</p>")
-    columns = ["run", "solver", "grid", "head", "steps", "nfe", *VALUES, "reference", "seen", "straightness", "ms", "seconds", "seed", "n", "weights", "extractor", "machine"]
+    caption = (
+        f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>. "
+        f"{bars}{f' {html.escape(note)}.' if note else ''}{left}"
+        f"{f' Trained through features of this family, so not judged by them: <b>{looked}</b>.' if looked else ''}{timed}</p>"
+    )
+    columns = [
+        "run",
+        "solver",
+        "grid",
+        "head",
+        "steps",
+        "nfe",
+        *VALUES,
+        "reference",
+        "seen",
+        "straightness",
+        "ms",
+        "seconds",
+        "seed",
+        "n",
+        "weights",
+        "extractor",
+        "machine",
+    ]
     columns = [k for k in columns if any(s.get(k) is not None for s in have)]
-    columns += [k for k in ("lower_order_final", "denoise") if any(s.get(k, plot.USUAL[k]) != plot.USUAL[k] for s in have)]
-    rows = sorted(have, key=lambda s: (str(s.get("run")), str(s.get("solver")), s.get("nfe") or 0, s.get("seed") or 0))
+    columns += [
+        k
+        for k in ("lower_order_final", "denoise")
+        if any(s.get(k, plot.USUAL[k]) != plot.USUAL[k] for s in have)
+    ]
+    rows = sorted(
+        have,
+        key=lambda s: (
+            str(s.get("run")),
+            str(s.get("solver")),
+            s.get("nfe") or 0,
+            s.get("seed") or 0,
+        ),
+    )
     height = 400 + 18 * max(0, len(lines) - 4)
-    return plot.tradeoff(have, chart.value, AXES[chart.axis], height=height), caption, folded(f"{len(rows)} scores as a table", table(rows, columns, f"{len(rows)} scores"))
+    return (
+        plot.tradeoff(have, chart.value, AXES[chart.axis], height=height),
+        caption,
+        folded(f"{len(rows)} scores as a table", table(rows, columns, f"{len(rows)} scores")),
+    )
 
 
 def scores(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
     "What is measured of these runs and solvers: (chart, protocol in words, table)."
     with in_words():
-        return drawn(names_of(names, "runs", 24), names_of(solvers, "solvers", 12), Chart(value=value, axis=axis, grid=grid))
+        return drawn(
+            names_of(names, "runs", 24),
+            names_of(solvers, "solvers", 12),
+            Chart(value=value, axis=axis, grid=grid),
+        )
 
 
 def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Progress()):
@@ -134,7 +241,10 @@ def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Pr
     with in_words():
         chart, clock = Chart(value=value, axis=axis, grid=grid, n=n), Clock(5)
         names, solvers = names_of(names, "runs", 24), names_of(solvers, "solvers", 12)
-        budgets, seeds = whole_numbers(wanted, "NFE", 1, MOST["nfe"], MOST["scores"]), whole_numbers(seeds, "seeds", 0, 2**53 - 1, 10)
+        budgets, seeds = (
+            whole_numbers(wanted, "NFE", 1, MOST["nfe"], MOST["scores"]),
+            whole_numbers(seeds, "seeds", 0, 2**53 - 1, 10),
+        )
         jobs = []
         for name in names:
             run = opened(name)
@@ -146,14 +256,24 @@ def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Pr
                     made = entry(solver, run)
                     fixed = {k: made.made_for[k] for k in ("head", "guidance")} if made.ts else {}
                     on = run.fixed["grid"] if run.fixed else made.grid if made.ts else chart.grid
-                    jobs += [(run, solver, dict(seed=seed, n=chart.n, grid=on, **fixed)) for seed in seeds]
+                    jobs += [
+                        (run, solver, dict(seed=seed, n=chart.n, grid=on, **fixed))
+                        for seed in seeds
+                    ]
         if not jobs:
-            raise ValueError(f"none of these solvers goes with {', '.join(names)[:80]}; choose another solver")
+            raise ValueError(
+                f"none of these solvers goes with {', '.join(names)[:80]}; choose another solver"
+            )
         made, newest = 0, None
         for at, (run, solver, how) in enumerate(jobs):
+
             def tell(done, size, at=at, run=run, solver=solver):
                 clock.check()
-                progress((at * size + done, len(jobs) * size), desc=f"{run.name}, {solver}: line {at + 1} of {len(jobs)}", unit="samples")
+                progress(
+                    (at * size + done, len(jobs) * size),
+                    desc=f"{run.name}, {solver}: line {at + 1} of {len(jobs)}",
+                    unit="samples",
+                )
 
             for score in curve(run, (solver,), tuple(budgets), progress=tell, **how):
                 run.add_score(score)
@@ -168,9 +288,17 @@ def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
     "(a data address, a file name) of the scores that are drawn, as CSV with their whole protocol."
     with in_words():
         chart = Chart(value=value, axis=axis, grid=grid)
-        rows = [s for s in protocol(selected(names_of(names, "runs", 24), names_of(solvers, "solvers", 12), chart.grid)) if s.get(chart.value) is not None]
+        rows = [
+            s
+            for s in protocol(
+                selected(names_of(names, "runs", 24), names_of(solvers, "solvers", 12), chart.grid)
+            )
+            if s.get(chart.value) is not None
+        ]
         if not rows:
-            raise ValueError("nothing is measured of these runs and solvers yet, so there is nothing to save")
+            raise ValueError(
+                "nothing is measured of these runs and solvers yet, so there is nothing to save"
+            )
         return csv_url(rows), "trade-off.csv"
 
 
@@ -178,6 +306,17 @@ def job(names, solvers, grid, wanted, n, seeds, **how) -> str:
     "The command that measures the same."
     with in_words():
         row = lambda v: " ".join(map(str, v))
-        given = dict(run=row(names_of(names, "runs", 24)), solvers=row(names_of(solvers, "solvers", 12)), nfes=row(whole_numbers(wanted, "NFE", 1, MOST["nfe"], MOST["scores"])),
-                     seeds=row(whole_numbers(seeds, "seeds", 0, 2**53 - 1, 10)), n=Chart(n=n, grid=grid).n, grid=grid) | how
-        return "papermill nbs/evaluate.ipynb scores.ipynb " + " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in given.items())
+        given = (
+            dict(
+                run=row(names_of(names, "runs", 24)),
+                solvers=row(names_of(solvers, "solvers", 12)),
+                nfes=row(whole_numbers(wanted, "NFE", 1, MOST["nfe"], MOST["scores"])),
+                seeds=row(whole_numbers(seeds, "seeds", 0, 2**53 - 1, 10)),
+                n=Chart(n=n, grid=grid).n,
+                grid=grid,
+            )
+            | how
+        )
+        return "papermill nbs/evaluate.ipynb scores.ipynb " + " ".join(
+            f"-p {k} {shlex.quote(str(v))}" for k, v in given.items()
+        )

@@ -1,40 +1,41 @@
 "Trajectory and Velocity: one walk, seen picture by picture and number by number."
+
 import hashlib
 import io
 import json
 import time
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 from cudlab import plot
 from cudlab import trajectory as of
 from cudlab.data import load
 from cudlab.solver import State
-from views.ask import MOST
-from views.ask import Clock
-from views.ask import Walk
-from views.ask import asked
-from views.ask import csv_url
-from views.ask import data_url
-from views.ask import entry
-from views.ask import finished
-from views.ask import flat
-from views.ask import folded
-from views.ask import in_words
-from views.ask import manifest
-from views.ask import numbers
-from views.ask import remember
-from views.ask import table
-from views.ask import timed
-from views.ask import trajectory
+from views.ask import (
+    MOST,
+    Clock,
+    Walk,
+    asked,
+    csv_url,
+    data_url,
+    entry,
+    finished,
+    flat,
+    folded,
+    in_words,
+    manifest,
+    numbers,
+    remember,
+    table,
+    timed,
+    trajectory,
+)
+
 
 EVERY = 0.1
 HINT = "<p class='caption'>Against the flow's own way (Heun, 64 steps) and move by move.</p>"
@@ -50,16 +51,26 @@ def cloud(name: str):
 
 # The film: a text of JSON lines that only ever grows, so that each update sends what is new
 
+
 def stacked(x: torch.Tensor, reach: float = None, quality: int = 0) -> str:
-    "Samples (B, C, H, W), one below the other, as a data address; signed ones in colour where `reach` is their full scale."
+    """Samples (B, C, H, W), one below the other, as a data address; signed ones in colour where
+    `reach` is their full scale.
+    """
     body = plot.signed(x, reach) if reach else plot.pixels(x)
-    image = Image.fromarray(body.reshape(-1, *body.shape[2:]).squeeze(-1) if body.shape[-1] == 1 else body.reshape(-1, *body.shape[2:]))
+    image = Image.fromarray(
+        body.reshape(-1, *body.shape[2:]).squeeze(-1)
+        if body.shape[-1] == 1
+        else body.reshape(-1, *body.shape[2:])
+    )
     return data_url(plot.encoded(image, quality), f"image/{'webp' if quality else 'png'}")
 
 
 @dataclass
 class Film:
-    "The pictures of a walk as they are sent: a header, then one line for each layer of each step that is shown."
+    """The pictures of a walk as they are sent: a header, then one line for each layer of each step
+    that is shown.
+    """
+
     walk: Walk
     reach: dict = field(default_factory=lambda: dict(v=2.0))
     text: str = ""
@@ -68,17 +79,25 @@ class Film:
         (channels, height, width), ask, steps = self.walk.run.shape, self.walk.ask, self.walk.steps
         every = max(1, -(-(steps + 1) // MOST["columns"]))
         self.shown = {i for i in range(steps + 1) if i % every == 0 or i == steps}
-        self.quality = 86 if channels * height * width * ask.count * len(self.shown) * 3 > SHARP else 0
+        self.quality = (
+            86 if channels * height * width * ask.count * len(self.shown) * 3 > SHARP else 0
+        )
         name = hashlib.sha256(repr((ask, manifest(self.walk.run.path))).encode()).hexdigest()[:12]
-        self.write(id=name, count=ask.count, steps=steps, c=channels, h=height, w=width, reach=self.reach)
+        self.write(
+            id=name, count=ask.count, steps=steps, c=channels, h=height, w=width, reach=self.reach
+        )
 
     def write(self, **line):
         self.text += json.dumps(line) + "\n"
 
     def add(self, layer: str, i: int, t: float, x: torch.Tensor, reach: float = None):
-        "One layer of step i: states x, estimates hat, velocities v, off the reference gap, local error."
+        """One layer of step i: states x, estimates hat, velocities v, off the reference gap, local
+        error.
+        """
         if i in self.shown:
-            self.write(k=layer, i=i, t=round(float(t), 6), src=stacked(x.cpu(), reach, self.quality))
+            self.write(
+                k=layer, i=i, t=round(float(t), 6), src=stacked(x.cpu(), reach, self.quality)
+            )
 
     def start(self, state):
         self.add("x", state.i, state.t, state.x)
@@ -86,7 +105,14 @@ class Film:
     def move(self, left, state):
         "What a move adds: velocity and estimate where it left, the state where it came to."
         if left.i in self.shown:
-            self.add("hat", left.i, left.t, self.walk.run.noise_path.x0(left.x, state.v, torch.full((len(left.x),), float(left.t), device=left.x.device)))
+            self.add(
+                "hat",
+                left.i,
+                left.t,
+                self.walk.run.noise_path.x0(
+                    left.x, state.v, torch.full((len(left.x),), float(left.t), device=left.x.device)
+                ),
+            )
             self.add("v", left.i, left.t, state.v, self.reach["v"])
         self.start(state)
         if state.i == self.walk.steps and not state.t:
@@ -94,7 +120,10 @@ class Film:
 
     def replay(self, tau):
         "All of a finished walk, in the order in which it was sent the first time."
-        states = [State(i, float(t), x, tau.vs[i - 1] if i else None, 0.0) for i, (t, x) in enumerate(zip(tau.ts, tau.xs))]
+        states = [
+            State(i, float(t), x, tau.vs[i - 1] if i else None, 0.0)
+            for i, (t, x) in enumerate(zip(tau.ts, tau.xs))
+        ]
         self.start(states[0])
         for left, right in zip(states, states[1:]):
             self.move(left, right)
@@ -102,6 +131,7 @@ class Film:
 
 
 # Numbers of a walk
+
 
 def at_home(walk: Walk, tau):
     "The trajectory on the device of the network that made it."
@@ -114,22 +144,39 @@ def panels(walk: Walk, tau, **extra) -> dict:
     tau = at_home(walk, tau)
     found = {"speed (|v| / √d)": of.speed(tau)}
     if len(tau.vs) > 1:
-        found |= {"turning (cosine with the next v)": of.turning(tau), "angle to the chord (degrees)": of.chord_angle(tau), "curvature (rad / rms distance)": of.curvature(tau)}
+        found |= {
+            "turning (cosine with the next v)": of.turning(tau),
+            "angle to the chord (degrees)": of.chord_angle(tau),
+            "curvature (rad / rms distance)": of.curvature(tau),
+        }
     if not walk.run.fixed:
         found |= {"catch-up gap (rms)": of.catch_up(tau, walk.flow())}
     if walk.run.heads > 1:
         y = walk.choices["y"]
         network = walk.run.source.net(walk.ask.weights)
-        found |= {"heads, distance from the first (rms)": of.head_gaps(tau, network, None if y is None else walk.run.labels(y, walk.ask.count).to(tau.xs.device))}
+        found |= {
+            "heads, distance from the first (rms)": of.head_gaps(
+                tau,
+                network,
+                None if y is None else walk.run.labels(y, walk.ask.count).to(tau.xs.device),
+            )
+        }
     return found | extra
 
 
 def moved(tau, found: dict) -> list:
     "One row a move: its times, and the median over the samples of every quantity."
-    rows = [dict(move=i + 1, t=round(float(a), 4), to=round(float(b), 4)) for i, (a, b) in enumerate(zip(tau.ts[:-1], tau.ts[1:]))]
+    rows = [
+        dict(move=i + 1, t=round(float(a), 4), to=round(float(b), 4))
+        for i, (a, b) in enumerate(zip(tau.ts[:-1], tau.ts[1:]))
+    ]
     for title, values in found.items():
         title = title.partition(" (")[0]
-        lines = {title: values} if values.dim() == 2 else {f"{title}, head {k}": v for k, v in enumerate(values, 1)}
+        lines = (
+            {title: values}
+            if values.dim() == 2
+            else {f"{title}, head {k}": v for k, v in enumerate(values, 1)}
+        )
         for name, line in lines.items():
             for row, value in zip(rows, line.nanmedian(1).values.tolist()):
                 row[name] = value
@@ -138,23 +185,49 @@ def moved(tau, found: dict) -> list:
 
 def tabled(rows: list) -> str:
     "The rows of `moved` as a page."
-    return folded("the same as a table", table(rows, list(rows[0]), "medians over the samples, one row a move"))
+    return folded(
+        "the same as a table",
+        table(rows, list(rows[0]), "medians over the samples, one row a move"),
+    )
 
 
 def script(walk: Walk) -> str:
     "The Python that makes the same picture."
-    return f"from cudlab.run import Run\n\ntrajectory = {walk.script()}\ntrajectory.x, trajectory.nfe, trajectory.straightness.mean()"
+    return (
+        f"from cudlab.run import Run\n\ntrajectory = {walk.script()}\ntrajectory.x, "
+        "trajectory.nfe, trajectory.straightness.mean()"
+    )
 
 
 def told(walk: Walk, tau, spent: float, after: float) -> str:
     "The line of figures over a finished walk."
     lost, many = int((~tau.x.flatten(1).isfinite().all(1)).sum()), len(tau.vs) > 1
-    return numbers([("steps", len(tau.vs)), ("NFE counted", f"{tau.nfe:g}"), *([("solver time", f"{1000 * spent:.0f} ms"), ("shown after", f"{1000 * after:.0f} ms")] if spent is not None else []),
-                    *([("deviation from straight", f"{float(tau.straightness.mean()):.3g}")] if many and entry(walk.ask.solver, walk.run).order else []), *([("not finite", f"{lost} of {walk.ask.count}")] if lost else [])])
+    return numbers(
+        [
+            ("steps", len(tau.vs)),
+            ("NFE counted", f"{tau.nfe:g}"),
+            *(
+                [
+                    ("solver time", f"{1000 * spent:.0f} ms"),
+                    ("shown after", f"{1000 * after:.0f} ms"),
+                ]
+                if spent is not None
+                else []
+            ),
+            *(
+                [("deviation from straight", f"{float(tau.straightness.mean()):.3g}")]
+                if many and entry(walk.ask.solver, walk.run).order
+                else []
+            ),
+            *([("not finite", f"{lost} of {walk.ask.count}")] if lost else []),
+        ]
+    )
 
 
 def projected(walk: Walk, tau, chosen="all", dims="2-D"):
-    "The paths of the chosen samples in the plane, or the space, of their principal components, and their ends as a table."
+    """The paths of the chosen samples in the plane, or the space, of their principal components,
+    and their ends as a table.
+    """
     if dims not in ("2-D", "3-D"):
         raise ValueError(f"dimensions = {str(dims)[:40]!r} are not possible; 2-D or 3-D is")
     if flat(walk.run):
@@ -165,15 +238,35 @@ def projected(walk: Walk, tau, chosen="all", dims="2-D"):
     else:
         for word in words:
             if not word.isdecimal() or not 1 <= int(word[:9]) <= walk.ask.count:
-                raise ValueError(f"sample = {word[:40]!r} is not one of 1 to {walk.ask.count}; write all, or numbers as 1, 3, 4")
+                raise ValueError(
+                    f"sample = {word[:40]!r} is not one of 1 to {walk.ask.count}; write all, or "
+                    "numbers as 1, 3, 4"
+                )
         index = sorted({int(word) - 1 for word in words})
     seen = of.projection(tau.xs[:, index], int(dims[0]))
-    rows = [dict(sample=index[b] + 1, **{f"{name} {k + 1}": float(at[b, k]) for name, at in (("start", seen.points[0]), ("end", seen.points[-1])) for k in range(int(dims[0]))}) for b in range(len(index))]
-    return plot.paths(seen.points, seen.share), folded("the same as a table", table(rows, list(rows[0]), "where each path starts and ends, along the principal components"))
+    rows = [
+        dict(
+            sample=index[b] + 1,
+            **{
+                f"{name} {k + 1}": float(at[b, k])
+                for name, at in (("start", seen.points[0]), ("end", seen.points[-1]))
+                for k in range(int(dims[0]))
+            },
+        )
+        for b in range(len(index))
+    ]
+    return plot.paths(seen.points, seen.share), folded(
+        "the same as a table",
+        table(
+            rows, list(rows[0]), "where each path starts and ends, along the principal components"
+        ),
+    )
 
 
 def sampled(*form):
-    "Stream a sampling: (film, plane, paths, their table, panels, schedule, numbers, table of moves, script, what is known of the errors) as they come to be."
+    """Stream a sampling: (film, plane, paths, their table, panels, schedule, numbers, table of
+    moves, script, what is known of the errors) as they come to be.
+    """
     with in_words():
         walk = asked(form)
         start = shown = time.perf_counter()
@@ -187,10 +280,30 @@ def sampled(*form):
             now = time.perf_counter()
             if len(states) == 1 or took > EVERY or now - shown >= EVERY and drawing <= spent:
                 shown = now
-                done = numbers([("step", f"{state.i} of {walk.steps}"), ("NFE so far", f"{state.nfe:g}"), ("time", f"{1000 * spent:.0f} ms")])
-                chart = plot.plane(torch.stack([s.x for s in states]), cloud(walk.run.config.data), reach=3.2) if plane else None
+                done = numbers(
+                    [
+                        ("step", f"{state.i} of {walk.steps}"),
+                        ("NFE so far", f"{state.nfe:g}"),
+                        ("time", f"{1000 * spent:.0f} ms"),
+                    ]
+                )
+                chart = (
+                    plot.plane(
+                        torch.stack([s.x for s in states]), cloud(walk.run.config.data), reach=3.2
+                    )
+                    if plane
+                    else None
+                )
                 drawing += time.perf_counter() - now
-                yield film.text if film else "", chart, *[gr.skip()] * 4, done, gr.skip(), gr.skip(), HINT
+                yield (
+                    film.text if film else "",
+                    chart,
+                    *[gr.skip()] * 4,
+                    done,
+                    gr.skip(),
+                    gr.skip(),
+                    HINT,
+                )
         tau = trajectory(states, walk.run)
         remember(walk, tau)
         done = told(walk, tau, spent, time.perf_counter() - start)
@@ -201,14 +314,32 @@ def sampled(*form):
 def whole(walk: Walk, tau, film, found: dict, done: str, words: str) -> tuple:
     "Everything the page shows of a finished walk."
     plane = flat(walk.run)
-    return (film.text if film else "", played(walk, tau) if plane else None, *projected(walk, tau), plot.moves(found, tau.ts), plot.schedule(tau.ts, 300), done, tabled(moved(tau, found)), script(walk), words)
+    return (
+        film.text if film else "",
+        played(walk, tau) if plane else None,
+        *projected(walk, tau),
+        plot.moves(found, tau.ts),
+        plot.schedule(tau.ts, 300),
+        done,
+        tabled(moved(tau, found)),
+        script(walk),
+        words,
+    )
 
 
 def played(walk: Walk, tau):
     "The points of a 2-D walk in motion over the velocity field."
-    keep = sorted({round(k) for k in np.linspace(0, len(tau.ts) - 1, min(len(tau.ts), MOST["columns"]))})
-    at, field = (None, None) if walk.run.fixed else of.field_of(walk.flow(), at_home(walk, tau).ts[keep], 3.2, FIELD)
-    return plot.motion(tau.xs[keep], tau.ts[keep], cloud(walk.run.config.data), field, at, reach=3.2)
+    keep = sorted(
+        {round(k) for k in np.linspace(0, len(tau.ts) - 1, min(len(tau.ts), MOST["columns"]))}
+    )
+    at, field = (
+        (None, None)
+        if walk.run.fixed
+        else of.field_of(walk.flow(), at_home(walk, tau).ts[keep], 3.2, FIELD)
+    )
+    return plot.motion(
+        tau.xs[keep], tau.ts[keep], cloud(walk.run.config.data), field, at, reach=3.2
+    )
 
 
 def repathed(chosen, dims, *form):
@@ -220,13 +351,23 @@ def repathed(chosen, dims, *form):
 
 # Errors: against the flow's own way, and move by move
 
+
 def reference(walk: Walk) -> tuple:
     "(name, velocity) of the run whose flow the states are held against."
     root, run, ask = walk.run.root, walk.run, walk.ask
     if root is None:
-        raise ValueError(f"{run.name} has nothing to be held against: its own network is no flow, and its teacher is not here (any more)")
+        raise ValueError(
+            f"{run.name} has nothing to be held against: its own network is no flow, and its "
+            "teacher is not here (any more)"
+        )
     own = root.path == run.source.path
-    choices = dict(weights=ask.weights, head=ask.head, guidance=ask.guidance) if own else dict(head=getattr(run.method, "head", 1), guidance=getattr(run.method, "guidance", 1.0))
+    choices = (
+        dict(weights=ask.weights, head=ask.head, guidance=ask.guidance)
+        if own
+        else dict(
+            head=getattr(run.method, "head", 1), guidance=getattr(run.method, "guidance", 1.0)
+        )
+    )
     y = walk.choices["y"] if root.config.classes else None
     f = root.velocity(y=None if y is None else root.labels(y, ask.count), **choices)
     where = next(root.net(choices.get("weights", "ema")).parameters()).device
@@ -242,11 +383,16 @@ def scale_of(values: list) -> float:
 
 
 def errors(*form):
-    "Measure a walk move by move: what `sampled` gives, with the film's last two layers, two panels more and in words how far it went astray."
+    """Measure a walk move by move: what `sampled` gives, with the film's last two layers, two
+    panels more and in words how far it went astray.
+    """
     with in_words():
         walk, clock = asked(form), Clock()
         if entry(walk.ask.solver, walk.run).order is None:
-            raise ValueError(f"{walk.ask.solver} follows no ODE: there is no flow to hold its states against; choose another solver")
+            raise ValueError(
+                f"{walk.ask.solver} follows no ODE: there is no flow to hold its states against; "
+                "choose another solver"
+            )
         began = time.perf_counter()
         tau = finished(walk)
         done = told(walk, tau, None, time.perf_counter() - began)
@@ -257,14 +403,21 @@ def errors(*form):
         for i, ref in of.reference_states(flow, tau.xs[0], tau.ts):
             clock.check()
             gaps.append(tau.xs[i] - ref)
-            yield *[gr.skip()] * 9, f"<p class='caption' role='status'>the reference: step {i} of {walk.steps}</p>"
+            yield (
+                *[gr.skip()] * 9,
+                f"<p class='caption' role='status'>the reference: step {i} of {walk.steps}</p>",
+            )
         if not walk.run.fixed:
             for _, error, rms, sure in of.local_error(tau, walk.flow()):
                 clock.check()
                 local.append(error)
                 sizes.append(rms)
                 accuracy.append(float(sure.max()))
-                yield *[gr.skip()] * 9, f"<p class='caption' role='status'>the local error: move {len(local)} of {walk.steps}</p>"
+                yield (
+                    *[gr.skip()] * 9,
+                    f"<p class='caption' role='status'>the local error: move {len(local)} of "
+                    f"{walk.steps}</p>",
+                )
         if film:
             film.reach = {}
             for layer, values, at in (("gap", gaps, 0), ("error", local, 1)):
@@ -274,15 +427,28 @@ def errors(*form):
                     for i, value in enumerate(values, at):
                         film.add(layer, i, tau.ts[i], value, film.reach[layer])
         apart = of.rms(torch.stack(gaps), 2)
-        extra = {"error against the reference (rms)": apart[1:]} | ({"local error (rms)": torch.stack(sizes)} if sizes else {})
+        extra = {"error against the reference (rms)": apart[1:]} | (
+            {"local error (rms)": torch.stack(sizes)} if sizes else {}
+        )
         found = panels(walk, tau, **extra)
         sure = f", known to {max(accuracy):.1g}" if accuracy else ""
-        words = (f"<p class='caption' role='status'>Held against the flow of <b>{name}</b> (Heun, at least 64 steps): the samples end <b>{float(apart[-1].mean()):.3g}</b> away (rms, mean of {walk.ask.count})."
-                 + (f" Local error of a move: its state against the flow from where it left (Runge-Kutta 4, step doubling{sure})." if sizes else "") + "</p>")
+        words = (
+            f"<p class='caption' role='status'>Held against the flow of <b>{name}</b> (Heun, at "
+            f"least 64 steps): the samples end <b>{float(apart[-1].mean()):.3g}</b> away (rms, "
+            f"mean of {walk.ask.count})."
+            + (
+                " Local error of a move: its state against the flow from where it left "
+                f"(Runge-Kutta 4, step doubling{sure})."
+                if sizes
+                else ""
+            )
+            + "</p>"
+        )
         yield whole(walk, finished(walk), film, found, done, words)
 
 
 # Files of what is on screen
+
 
 def mosaic(x: torch.Tensor, scale: int = 1) -> Image.Image:
     "Samples (B, C, H, W) in a near-square sheet."
@@ -301,7 +467,9 @@ def dots(x: torch.Tensor, side: int = 320, reach: float = 3.2) -> Image.Image:
 
 
 def exported(kind, *form) -> tuple:
-    "(a data address, a file name) of what is on screen: png and gif of the pictures, csv of the moves."
+    """(a data address, a file name) of what is on screen: png and gif of the pictures, csv of the
+    moves.
+    """
     with in_words():
         if kind not in ("png", "gif", "csv"):
             raise ValueError(f"kind = {str(kind)[:40]!r} is not one of png, gif, csv")
@@ -312,12 +480,21 @@ def exported(kind, *form) -> tuple:
             return csv_url(moved(tau, panels(walk, tau))), name
         draw = dots if flat(walk.run) else (lambda x: mosaic(x, max(1, 64 // x.shape[-1])))
         if kind == "png":
-            picture = draw(tau.x) if flat(walk.run) else plot.film(tau.xs, max(1, 48 // tau.x.shape[-1]))
+            picture = (
+                draw(tau.x) if flat(walk.run) else plot.film(tau.xs, max(1, 48 // tau.x.shape[-1]))
+            )
             return data_url(plot.encoded(picture), "image/png"), name
-        keep = sorted({round(k) for k in np.linspace(0, len(tau.xs) - 1, min(len(tau.xs), MOST["columns"]))})
+        keep = sorted(
+            {round(k) for k in np.linspace(0, len(tau.xs) - 1, min(len(tau.xs), MOST["columns"]))}
+        )
         frames = [draw(tau.xs[i]).convert("RGB") for i in keep]
         out = io.BytesIO()
-        frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=[max(80, 2400 // len(frames))] * (len(frames) - 1) + [1500], loop=0)
+        frames[0].save(
+            out,
+            "GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=[max(80, 2400 // len(frames))] * (len(frames) - 1) + [1500],
+            loop=0,
+        )
         return data_url(out.getvalue(), "image/gif"), name
-
-
