@@ -285,8 +285,8 @@ def test_a_sweep_says_what_single_measurements_say(workers):
     ]
     goal = run.solve(index=100, steps=64, solver="heun").x
     for row, point in zip(sweep(run, points, goal=goal, workers=workers), points):
-        score = measure(run, **point)
-        assert abs(row["fd"] - score["fd"]) < 1e-2 * score["fd"] and row["nfe"] == score["nfe"]
+        entry = measure(run, **point)
+        assert abs(row["fd"] - entry["fd"]) < 1e-2 * entry["fd"] and row["nfe"] == entry["nfe"]
         assert (
             abs(
                 row["endpoint"]

@@ -171,8 +171,8 @@ def test_your_own_code_is_named_by_module_and_attribute(tmp_path, monkeypatch):
         "x)\nnumber = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    score = measure(Exact(), "my_space:mine", n=60)
-    assert (score["extractor"], score["extractor_hash"]) == ("my-space-v1", "none")
+    entry = measure(Exact(), "my_space:mine", n=60)
+    assert (entry["extractor"], entry["extractor_hash"]) == ("my-space-v1", "none")
     assert measure(Exact(), "my_space:net", n=60)["extractor"] == "my_space:net"
     assert features("my_space:net") is features("my_space:net")
     for bad, says in (
@@ -594,8 +594,8 @@ class Exact:
             states[-1].nfe,
         )
 
-    def add_score(self, score):
-        self.scores.append(score)
+    def add_score(self, entry):
+        self.scores.append(entry)
 
 
 def test_measure_of_an_exact_flow():
@@ -651,11 +651,11 @@ def test_a_score_counts_the_classes_of_its_samples():
         def solve(self, **choices):
             return SimpleNamespace(x=data.take(choices["index"])[0], straightness=torch.zeros(3))
 
-    score = measure(Album(), n=280, batch=90)
+    entry = measure(Album(), n=280, batch=90)
     counts = torch.bincount(data.take(torch.arange(280))[1], minlength=10)
-    assert score["extractor"] == space.name and sum(score["classes"]) == 280
-    assert (torch.tensor(score["classes"]) - counts).abs().max() <= 3 and score["density"] > 0.5
-    assert json.loads(json.dumps(score))["classes"] == score["classes"]
+    assert entry["extractor"] == space.name and sum(entry["classes"]) == 280
+    assert (torch.tensor(entry["classes"]) - counts).abs().max() <= 3 and entry["density"] > 0.5
+    assert json.loads(json.dumps(entry))["classes"] == entry["classes"]
 
 
 def test_the_batch_size_does_not_change_the_score():
@@ -706,38 +706,38 @@ def test_a_diverged_run_is_named():
 
 
 def test_any_protocol_field_that_differs_turns_comparison_off():
-    score = measure(Exact(), n=100)
+    entry = measure(Exact(), n=100)
     assert (
         comparable(
-            score, score | dict(run="other", solver="heun", steps=4, seed=5, seconds=1.0, step=9)
+            entry, entry | dict(run="other", solver="heun", steps=4, seed=5, seconds=1.0, step=9)
         )
         == ""
     )
     for key in PROTOCOL:
-        message = comparable(score, score | {key: "another"})
+        message = comparable(entry, entry | {key: "another"})
         assert f"not comparable: {key}" in message
-        assert comparable(score, score | {key: "another"}, but=(key,)) == ""
-        missing = {k: v for k, v in score.items() if k != key}
-        assert key in comparable(score, missing)
+        assert comparable(entry, entry | {key: "another"}, but=(key,)) == ""
+        missing = {k: v for k, v in entry.items() if k != key}
+        assert key in comparable(entry, missing)
 
 
 def test_times_compare_on_one_machine_with_one_batch():
-    score = measure(Exact(), n=100)
-    assert comparable(score, score, also=TIMED) == ""
+    entry = measure(Exact(), n=100)
+    assert comparable(entry, entry, also=TIMED) == ""
     for key in TIMED:
         assert f"not comparable: {key} is" in comparable(
-            score, score | {key: "another"}, also=TIMED
+            entry, entry | {key: "another"}, also=TIMED
         )
         assert (
-            comparable(score, score | {key: "another"})
+            comparable(entry, entry | {key: "another"})
             == ""
-            == comparable(score, score | {key: "another"}, but=(key,), also=TIMED)
+            == comparable(entry, entry | {key: "another"}, but=(key,), also=TIMED)
         )
-        old = {k: v for k, v in score.items() if k != key}
-        assert comparable(old, score) == "" and f"{key} is not recorded" in comparable(
+        old = {k: v for k, v in entry.items() if k != key}
+        assert comparable(old, entry) == "" and f"{key} is not recorded" in comparable(
             old, old, also=TIMED
         )
-    assert "n is" in comparable(score, score | {"n": 7}, also=TIMED)
+    assert "n is" in comparable(entry, entry | {"n": 7}, also=TIMED)
 
 
 def test_scores_from_before_are_still_read(runs_path):
@@ -759,8 +759,8 @@ def test_scores_from_before_are_still_read(runs_path):
             "machine",
         ),
     )
-    old = [{k: v for k, v in score.items() if k not in new} for score in run.scores]
-    (run.path / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in old))
+    old = [{k: v for k, v in entry.items() if k not in new} for entry in run.scores]
+    (run.path / "scores.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in old))
     job = evaluation(dict(run="before", solvers="euler", nfes="1 2"))
     mine = job.mine(run)
     assert (
@@ -789,8 +789,8 @@ def test_plan_counts_calls():
 
 def test_curve_measures_each_point_once():
     run = Exact()
-    for score in curve(run, ("euler",), (1, 2), n=100):
-        run.add_score(score)
+    for entry in curve(run, ("euler",), (1, 2), n=100):
+        run.add_score(entry)
     assert [s["nfe"] for s in run.scores] == [1, 2]
     assert [s["nfe"] for s in curve(run, ("euler",), (1, 2, 3), n=100)] == [3]
     assert [s["nfe"] for s in curve(run, ("euler",), (1,), n=101)] == [1]
@@ -850,18 +850,18 @@ def moons(runs_path):
 
 
 def test_measure_of_a_real_run(moons):
-    score = measure(moons, n=200, steps=2, guidance=1.5)
-    assert (score["run"], score["step"], score["nfe"], score["guidance"]) == (
+    entry = measure(moons, n=200, steps=2, guidance=1.5)
+    assert (entry["run"], entry["step"], entry["nfe"], entry["guidance"]) == (
         "metrics-moons",
         40,
         4,
         1.5,
     )
-    assert json.loads(json.dumps(score)) == score
+    assert json.loads(json.dumps(entry)) == entry
     assert measure(moons, n=200, steps=2, guidance=1.5, batch=31)["fd"] == pytest.approx(
-        score["fd"], rel=1e-4
+        entry["fd"], rel=1e-4
     )
-    assert measure(moons, n=200, steps=2, weights="raw")["fd"] != score["fd"]
+    assert measure(moons, n=200, steps=2, weights="raw")["fd"] != entry["fd"]
 
 
 def test_measure_says_what_the_run_does_not_have(moons):
@@ -931,10 +931,10 @@ def test_the_job_takes_several_runs_and_goes_on_where_it_stopped(moons, runs_pat
 def test_mine_leaves_out_other_spaces_and_earlier_steps(moons):
     job = evaluation(dict(solvers="euler", nfes="6", n=80))
     list(evaluate(moons, job))
-    score = job.mine(moons)[0]
+    entry = job.mine(moons)[0]
     for other in (dict(step=1), dict(extractor="another"), dict(data_hash="another"), dict(seed=9)):
-        moons.add_score(score | other)
-    assert job.mine(moons) == [score]
+        moons.add_score(entry | other)
+    assert job.mine(moons) == [entry]
 
 
 def command(folder, *words, **more):

@@ -182,12 +182,12 @@ def test_a_student_of_a_student_is_held_against_the_first_flow():
     )
     shutil.rmtree(first.path)
     assert Run.open("short").root is None
-    score = measure(Run.open("short"), n=80, steps=1)
-    assert score["endpoint"] is None and score["reference"] is None and score["fd"] > 0
+    entry = measure(Run.open("short"), n=80, steps=1)
+    assert entry["endpoint"] is None and entry["reference"] is None and entry["fd"] > 0
     assert (
-        not summary([score], "endpoint")
-        and not summary([score], "straightness")
-        and summary([score])[0]["nfe"] == 1
+        not summary([entry], "endpoint")
+        and not summary([entry], "straightness")
+        and summary([entry])[0]["nfe"] == 1
     )
 
 
