@@ -15,7 +15,6 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -30,31 +29,31 @@ from views.ask import (
     MOST,
     NAMES,
     ONLY,
-    Ask,
-    asked,
-    entry,
-    flat,
-    guided,
-    in_words,
-    kept,
-    labels,
-    learned,
-    menu,
-    moves,
-    offered,
-    opened,
-    possible,
-    preferred,
-    sentence,
+    SampleForm,
+    as_one_line,
+    class_choices,
+    count_moves,
+    default_run,
+    error_line,
+    find_entry,
+    is_guided,
+    is_planar,
+    keep_solver,
+    learned_solvers,
+    open_run,
+    parse_form,
+    run_choices,
+    solver_choices,
+    solver_names,
 )
 
-from cudlab.core import guess, settings, use_threads
+from cudlab.catalog import list_runs
+from cudlab.config import did_you_mean, get_settings, set_threads
 from cudlab.dode import NATIVE
+from cudlab.multistep import SOLVERS, Solver
 from cudlab.path import GRIDS
-from cudlab.plot import FRAMES
-from cudlab.run import Run, runs
-from cudlab.solver import SOLVERS, Solver
-
+from cudlab.plot import FRAMES_SCRIPT
+from cudlab.run import Run
 
 HERE = Path(__file__).resolve().parent
 
@@ -65,17 +64,17 @@ HERE = Path(__file__).resolve().parent
 def cost(solver, by, amount, denoise=True, run="", label=ANY, guidance=1.0) -> str:
     "The lines under the amount: steps and NFE, always both, and what kind of solver this is."
     try:
-        ask = Ask(
+        ask = SampleForm(
             solver=solver, by=by, amount=amount, denoise=denoise, label=label, guidance=guidance
         )
         found, twice = (
-            entry(ask.solver, opened(run) if run else None),
-            guided(ask.label, ask.guidance),
+            find_entry(ask.solver, open_run(run) if run else None),
+            is_guided(ask.label, ask.guidance),
         )
-        steps = moves(ask.solver, found, ask.by, ask.amount, ask.denoise, twice)
+        steps = count_moves(ask.solver, found, ask.by, ask.amount, ask.denoise, twice)
     except ValueError as e:
-        return f"<p class='cost bad' role='status'>{sentence(e)}</p>"
-    nfe = f"{found.calls(steps, ask.denoise) * (1 + twice)} NFE" if found.calls else "NFE as needed"
+        return f"<p class='cost bad' role='status'>{error_line(e)}</p>"
+    nfe = f"{found.nfe(steps, ask.denoise) * (1 + twice)} NFE" if found.nfe else "NFE as needed"
     kind = (
         f"fitted for {len(found.ts) - 1} steps on the {found.grid} grid"
         if found.ts
@@ -85,7 +84,7 @@ def cost(solver, by, amount, denoise=True, run="", label=ANY, guidance=1.0) -> s
         f"<p class='cost' role='status'><b>{steps}</b> {'step' if steps == 1 else 'steps'} "
         f"<i>=</i> <b>{nfe}</b> "
         f"<span>{f'order {found.order:g}' if found.order else 'no order: it follows no ODE'}, "
-        f"{kind}</span> <span>{html.escape(found.source)}</span></p>"
+        f"{kind}</span> <span>{html.escape(found.network_run)}</span></p>"
     )
 
 
@@ -97,9 +96,11 @@ def bound(solver: Solver, run: Run) -> dict:
     other solvers and runs.
     """
     usual = dict(by="steps", lower_order_final="auto", denoise=True)
-    if run.fixed:
+    if run.sampling_fixed:
         return usual | dict(
-            amount=run.fixed["steps"], grid=run.fixed["grid"], guidance=run.fixed["guidance"]
+            amount=run.sampling_fixed["steps"],
+            grid=run.sampling_fixed["grid"],
+            guidance=run.sampling_fixed["guidance"],
         )
     return (
         usual
@@ -121,14 +122,14 @@ def settled(solver: Solver, run: Run, amount=None, wanted: dict = None) -> list:
     """
     held, wanted = bound(solver, run), wanted or {}
     if amount == 1 and not held:
-        wanted = {"amount": run.own["steps"]} | wanted
+        wanted = {"amount": run.sampling_defaults["steps"]} | wanted
     if run.heads == 1:
         held = {"head": 1} | held
     if len(run.weights) == 1:  # a run that was cut to what samples need
         held = {"weights": run.weights[0]} | held
     more = {
         "head": dict(maximum=max(run.heads, 2)),
-        "guidance": dict(visible=bool(labels(run)) and not run.fixed),
+        "guidance": dict(visible=bool(class_choices(run)) and not run.sampling_fixed),
     }
     value = lambda key: (
         {"value": held[key]} if key in held else {"value": wanted[key]} if key in wanted else {}
@@ -140,31 +141,33 @@ def settled(solver: Solver, run: Run, amount=None, wanted: dict = None) -> list:
 
 def decided(name, solver, amount=None) -> tuple:
     "What choosing a solver does to the controls in BOUND."
-    with in_words():
-        run = opened(name)
-        return tuple(settled(entry(Ask(solver=solver).solver, run), run, amount))
+    with as_one_line():
+        run = open_run(name)
+        return tuple(settled(find_entry(SampleForm(solver=solver).solver, run), run, amount))
 
 
 def fitted(name, solver="", amount=None, wanted: dict = None) -> tuple:
     """The controls that depend on the run: a line about it, classes, samples, what is drawn,
     solvers and what they decide, and the trade-off's choice.
     """
-    with in_words():
-        run, wanted = opened(name), wanted or {}
+    with as_one_line():
+        run, wanted = open_run(name), wanted or {}
         done = (
             f"{run.step:,} training steps"
-            if run.method.product == "net"
+            if run.method.trains == "net"
             else f"a solver for the network of <b>{html.escape(run.info['teacher']['name'])}</b>"
         )
         line = (
             f"<p class='about'><b>{html.escape(run.config.method)}</b> on "
             f"<b>{html.escape(run.config.data)}</b>, {done}, "
-            f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}{', one call a sample' if run.fixed else ''}</p>"
+            f"samples of {' × '.join(map(str, run.shape))}{f', {run.heads} heads' if run.heads > 1 else ''}{', one call a sample' if run.sampling_fixed else ''}</p>"
         )
-        names, plane = possible(run), flat(run)
-        solver = wanted["solver"] if wanted.get("solver") in names else kept(run, names, solver)
+        names, plane = solver_names(run), is_planar(run)
+        solver = (
+            wanted["solver"] if wanted.get("solver") in names else keep_solver(run, names, solver)
+        )
         theirs, with_solvers = tradeoff.beside(run)
-        everyone, countable = [r for _, r in menu()], measurable()
+        everyone, countable = [r for _, r in run_choices()], measurable()
         among = lambda key, names, usual, most: (
             [n for n in wanted[key].split()[:most] if n in names] or usual
             if key in wanted
@@ -173,16 +176,16 @@ def fitted(name, solver="", amount=None, wanted: dict = None) -> tuple:
         return (
             line,
             gr.update(
-                choices=[ANY, *labels(run)],
+                choices=[ANY, *class_choices(run)],
                 value=wanted.get("label", ANY),
-                visible=bool(labels(run)),
+                visible=bool(class_choices(run)),
             ),
             gr.update(value=wanted.get("count", 64 if plane else 8)),
             gr.update(visible=plane),
             gr.update(visible=not plane),
             gr.update(visible=not plane),
-            gr.update(choices=offered(names), value=solver),
-            *settled(entry(solver, run), run, amount, wanted),
+            gr.update(choices=solver_choices(names), value=solver),
+            *settled(find_entry(solver, run), run, amount, wanted),
             gr.update(choices=everyone, value=among("runs", everyone, theirs, 24)),
             gr.update(
                 choices=countable,
@@ -194,7 +197,9 @@ def fitted(name, solver="", amount=None, wanted: dict = None) -> tuple:
 
 def measurable() -> list:
     "Solvers whose calls can be counted beforehand, the learned ones too."
-    return offered([s for s in [*SOLVERS, *learned()] if s not in SOLVERS or SOLVERS[s].calls])
+    return solver_choices(
+        [s for s in [*SOLVERS, *learned_solvers()] if s not in SOLVERS or SOLVERS[s].nfe]
+    )
 
 
 def greeted(*form):
@@ -210,17 +215,17 @@ FITS = 10 + len(BOUND)
 
 def arrived(request: gr.Request = None) -> tuple:
     "What a page shows on arrival: the runs there are now, and what the address asks for."
-    with in_words():
+    with as_one_line():
         found, wrong = share.understood(dict(request.query_params) if request else {})
         wanted = found.get("run", "")
-        chosen = preferred(wanted)
+        chosen = default_run(wanted)
         if wanted and chosen != wanted:
             wrong.append(f"run {wanted[:60]!r} is not here or damaged; this is {chosen!r}")
         for why in wrong[:3]:
             gr.Warning(html.escape(f"In the address: {why}"[:200]), duration=8)
         if chosen is None:
             line = (
-                "<p class='about'>No run yet. Train one: <code>python -m cudlab.run "
+                "<p class='about'>No run yet. Train one: <code>python -m cudlab.cli "
                 "train</code></p>"
             )
             return (
@@ -229,14 +234,14 @@ def arrived(request: gr.Request = None) -> tuple:
                 line,
                 *[gr.skip()] * (FITS - 1 + 3 + 5 + 26),
             )
-        if "solver" in found and found["solver"] not in possible(opened(chosen)):
+        if "solver" in found and found["solver"] not in solver_names(open_run(chosen)):
             gr.Warning(
                 html.escape(
                     f"In the address: {found['solver'][:60]!r} is not a solver for {chosen}"
                 ),
                 duration=8,
             )
-        if "label" in found and found["label"] not in (ANY, *labels(opened(chosen))):
+        if "label" in found and found["label"] not in (ANY, *class_choices(open_run(chosen))):
             gr.Warning(
                 html.escape(
                     f"In the address: class = {found.pop('label')[:40]!r} is not one of {chosen}"
@@ -250,10 +255,10 @@ def arrived(request: gr.Request = None) -> tuple:
         ]
         view = found.get("view", "trajectory")
         return (
-            gr.update(choices=menu(), value=chosen),
+            gr.update(choices=run_choices(), value=chosen),
             gr.update(selected=view),
             *fitted(chosen, wanted=found),
-            found.get("seed", settings().seed),
+            found.get("seed", get_settings().seed),
             *chart,
             *contestants(
                 chosen, share.columns(found) if any(k in found for k in "abcd") else None, found
@@ -265,22 +270,25 @@ def contestants(chosen: str, columns: list = None, found: dict = None) -> list:
     """Seed, samples and the four columns of the comparison: what was asked for, or the run with
     Euler and AB2.
     """
-    found, run = found or {}, opened(chosen)
+    found, run = found or {}, open_run(chosen)
     if columns is None:
         own = dict(
-            run=chosen, solver=run.own["solver"], amount=1 if run.fixed else 4, grid=run.own["grid"]
+            run=chosen,
+            solver=run.sampling_defaults["solver"],
+            amount=1 if run.sampling_fixed else 4,
+            grid=run.sampling_defaults["grid"],
         )
-        root = run.root
+        root = run.reference_run
         other = (
             own | dict(solver="ab2")
-            if not run.fixed
+            if not run.sampling_fixed
             else dict(run=root.name, solver="ab2", amount=4)
             if root
             else {}
         )
         columns = [own, other, {"run": compare.NONE}, {"run": compare.NONE}]
     usual = dict(zip(compare.COLUMN, (compare.NONE, "euler", 4, "uniform", "ema", 1)))
-    choices, solvers = [("none", compare.NONE), *menu()], measurable()
+    choices, solvers = [("none", compare.NONE), *run_choices()], measurable()
     rows = []
     for column in columns:
         made = usual | column
@@ -391,7 +399,7 @@ def build() -> gr.Blocks:
     page = gr.Blocks(title="cudlab explorer", analytics_enabled=False, fill_width=True)
     solve = dict(concurrency_id="solve", concurrency_limit=1)
     quick = dict(queue=True, show_progress="hidden", concurrency_limit=8)
-    usual = [f.default for f in fields(Ask)]
+    usual = [f.default for f in fields(SampleForm)]
     with page:
         gr.HTML(
             "<header id='head'><h1>cudlab</h1><p>Few-step sampling, one network call at a time.</p>"
@@ -400,12 +408,12 @@ def build() -> gr.Blocks:
         with gr.Row(equal_height=False, elem_classes="split", elem_id="work"):
             with gr.Column(scale=1, min_width=288, elem_id="side", elem_classes="aside"):
                 run = gr.Dropdown(
-                    menu(), value=preferred(), label="Run", elem_id="run", filterable=True
+                    run_choices(), value=default_run(), label="Run", elem_id="run", filterable=True
                 )
                 line = gr.HTML(elem_id="line")
                 with gr.Column(elem_id="form"):
                     solver = gr.Dropdown(
-                        offered(SOLVERS), value="euler", label="Solver", elem_id="solver"
+                        solver_choices(SOLVERS), value="euler", label="Solver", elem_id="solver"
                     )
                     with gr.Group():
                         by = gr.Radio(
@@ -425,7 +433,7 @@ def build() -> gr.Blocks:
                         filterable=False,
                         elem_id="grid",
                     )
-                    seed = gr.Number(settings().seed, label="Seed", precision=0, minimum=0)
+                    seed = gr.Number(get_settings().seed, label="Seed", precision=0, minimum=0)
                     count = gr.Slider(1, MOST["count"], value=8, step=1, label="Samples")
                     label = gr.Dropdown([ANY], value=ANY, label="Class", visible=False)
                     guidance = gr.Slider(
@@ -796,7 +804,7 @@ def build() -> gr.Blocks:
             show_progress="hidden",
             **solve,
         )
-        plane.change(None, plane, None, js=FRAMES, api_name=False)
+        plane.change(None, plane, None, js=FRAMES_SCRIPT, api_name=False)
         checked.change(lambda words: words, checked, checked_too, api_visibility="private", **quick)
         stop.click(
             None, None, None, cancels=[pressed, fresh, changed, first, checking], api_name=False
@@ -926,9 +934,9 @@ def build() -> gr.Blocks:
 def pointed(*form) -> str:
     "The command that scores what is on screen; '' where there is none."
     try:
-        walk = asked(form)
-        ask, made = walk.ask, entry(walk.ask.solver, walk.run)
-        usual = {f.name: f.default for f in fields(Ask)}
+        walk = parse_form(form)
+        ask, made = walk.ask, find_entry(walk.ask.solver, walk.run)
+        usual = {f.name: f.default for f in fields(SampleForm)}
         how = {
             k: getattr(ask, k)
             for k in ("weights", "head", "guidance", "lower_order_final", "denoise")
@@ -938,7 +946,7 @@ def pointed(*form) -> str:
             [ask.run],
             [ask.solver],
             ask.grid,
-            str(made.calls(walk.steps, ask.denoise) if made.calls else 1),
+            str(made.nfe(walk.steps, ask.denoise) if made.nfe else 1),
             tradeoff.samples(walk.run),
             str(ask.seed),
             **how,
@@ -970,10 +978,10 @@ def warm() -> None:
     call.
     """
     try:
-        for _ in zip(range(3), opened(preferred()).walk(index=8)):
+        for _ in zip(range(3), open_run(default_run()).iterate(index=8)):
             pass
     except Exception as e:
-        LOG.warning("the default run could not be warmed up: %s", sentence(e))
+        LOG.warning("the default run could not be warmed up: %s", error_line(e))
 
 
 def main(argv: list = None) -> int:
@@ -1009,11 +1017,11 @@ def main(argv: list = None) -> int:
     )
     given = parser.parse_args(argv)
     try:
-        given.port = settings().port if given.port is None else given.port
-        names = {r.name for r in runs()}
+        given.port = get_settings().port if given.port is None else given.port
+        names = {r.name for r in list_runs()}
         for name in given.runs:
             if name not in names:
-                raise ValueError(f"unknown run {name!r}{guess(name, names)}")
+                raise ValueError(f"unknown run {name!r}{did_you_mean(name, names)}")
         if not 1 <= given.port <= 65535:
             raise ValueError(f"port = {given.port} is out of range: 1 to 65535")
         user, colon, password = (given.auth or os.environ.get("CUDLAB_AUTH", "")).partition(":")
@@ -1034,7 +1042,7 @@ def main(argv: list = None) -> int:
         return 2
     ONLY[:] = given.runs
     live.ALLOWED = live.own(given.host)
-    use_threads()
+    set_threads()
     if port != given.port:
         print(f"port {given.port} is busy, using {port} instead", flush=True)
     page = build()

@@ -19,17 +19,17 @@ import time
 from pathlib import Path
 
 import torch
-
-from cudlab.core import Config, device, noise, settings, use_threads
-from cudlab.cud import CUD
-from cudlab.data import load
-from cudlab.fit import fit
 from cudlab.metrics import machine
-from cudlab.net import Velocity, network
-from cudlab.path import grid, linear
-from cudlab.rf import RF
-from cudlab.solver import SOLVERS, solve, steps_for
 
+from cudlab.config import Config, find_device, get_settings, set_threads
+from cudlab.cud import CUD
+from cudlab.data import load_data
+from cudlab.fit import fit
+from cudlab.multistep import SOLVERS, find_steps, solve
+from cudlab.net import Velocity, make_network
+from cudlab.path import linear, make_grid
+from cudlab.rf import RF
+from cudlab.rng import draw_noise
 
 METHODS = {
     "RF": RF,
@@ -68,7 +68,7 @@ def line(points: list) -> dict:
 
 def training(name: str, method: str, batch: int, where: torch.device):
     "The ticks of an endless training; its network; its data on the device."
-    data = load(name, device=str(where))
+    data = load_data(name, device=str(where))
     config = Config(
         data=data.name,
         batch=batch,
@@ -78,7 +78,11 @@ def training(name: str, method: str, batch: int, where: torch.device):
     )
     objective = METHODS[method]()
     torch.manual_seed(0)
-    objective.bind(network(name, data.shape, **objective.needs()).to(where), linear, config.steps)
+    objective.bind(
+        make_network(name, data.shape, **objective.network_options()).to(where),
+        linear,
+        config.steps,
+    )
     return fit(objective, data, config), objective
 
 
@@ -124,14 +128,20 @@ def in_heads(name: str, batch: int, block: int, rounds: int, where: torch.device
 
 def in_calls(name: str, batch: int, calls: tuple, rounds: int, where: torch.device) -> dict:
     "Time of a solve over its network calls, for every sampler: medians of the rounds."
-    shape = load(name).shape
-    f, x, found = Velocity(network(name, shape).to(where).eval()), noise(0, batch, shape, where), {}
+    shape = load_data(name).shape
+    f, x, found = (
+        Velocity(make_network(name, shape).to(where).eval()),
+        draw_noise(0, batch, shape, where),
+        {},
+    )
     with torch.no_grad():
         for _ in range(rounds + 1):
             for solver in SAMPLERS:
                 for nfe in calls:
-                    if steps := steps_for(SOLVERS[solver], nfe):
-                        ts = grid("uniform", steps, finite=SOLVERS[solver].finite).to(where)
+                    if steps := find_steps(SOLVERS[solver], nfe):
+                        ts = make_grid(
+                            "uniform", steps, finite=SOLVERS[solver].needs_finite_logsnr
+                        ).to(where)
                         found.setdefault((solver, nfe), []).append(
                             seconds(lambda s=solver, at=ts: solve(f, x, at, s), where)
                         )
@@ -244,13 +254,15 @@ def laws(
     )
     found = {
         "batch": batch,
-        "parameters": sum(p.numel() for p in network(name, load(name).shape).parameters()),
+        "parameters": sum(
+            p.numel() for p in make_network(name, load_data(name).shape).parameters()
+        ),
     }
     ticks, objective = training(name, "CUD K=1", batch, where)
     f, x, ts = (
         Velocity(copy.deepcopy(objective.net).eval()),
-        noise(0, batch, objective.net.shape, where),
-        grid("uniform", 8).to(where),
+        draw_noise(0, batch, objective.net.shape, where),
+        make_grid("uniform", 8).to(where),
     )
     with torch.no_grad():
         sampled = memory(lambda: solve(f, x, ts, "euler"), solves, where)
@@ -286,8 +298,8 @@ def main(words: list = None) -> None:
     ask.add_argument("--full", action="store_true", help="the 2.16 M network of MNIST too")
     ask.add_argument("--device", default="auto", help="auto, cpu, cuda")
     told = ask.parse_args(words)
-    where = device(told.device)
-    use_threads(1 if where.type == "cpu" else None)
+    where = find_device(told.device)
+    set_threads(1 if where.type == "cpu" else None)
     found = {
         "machine": machine(where),
         "torch": torch.__version__,
@@ -300,7 +312,7 @@ def main(words: list = None) -> None:
     found["nets"]["digits"] = laws("digits", 32, (15, 30, 60, 120), 10, 5, CALLS, 300, 200, where)
     if told.full:
         found["nets"]["mnist"] = laws("mnist", 8, (4, 8, 16, 32), 2, 3, CALLS[:4], 60, 20, where)
-    file = settings().root / "docs" / "cost.json"
+    file = get_settings().root / "docs" / "cost.json"
     file.write_text(json.dumps(found, indent=1) + "\n")
     chart(found, file.with_suffix(".png"))
     print(f"written to {file} and {file.with_suffix('.png').name}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from cudlab.core import settings, use_threads
-from cudlab.metrics import evaluate, evaluation
+from cudlab.config import get_settings, set_threads
+from cudlab.evaluate import evaluate, parse_evaluation
 from cudlab.run import Run
 
 
@@ -19,11 +19,11 @@ def curve(name: str = "digits-rf", **choices) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / name
         shutil.copytree(
-            settings().checkpoints_path / name,
+            get_settings().checkpoints_path / name,
             folder,
             ignore=shutil.ignore_patterns("scores.jsonl"),
         )
-        job = evaluation(
+        job = parse_evaluation(
             {
                 "run": str(folder),
                 "solvers": "euler ab2 unipc2-bh2",
@@ -43,5 +43,5 @@ def curve(name: str = "digits-rf", **choices) -> None:
 
 
 if __name__ == "__main__":
-    use_threads()
+    set_threads()
     curve()

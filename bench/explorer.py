@@ -12,13 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "apps"))
 
 import torch
 
-from cudlab.core import Config, use_threads
+from cudlab.config import Config, set_threads
 
 
 def film(form: dict, rounds: int = 5) -> tuple:
@@ -39,9 +38,9 @@ def film(form: dict, rounds: int = 5) -> tuple:
 
 def bare(name: str, count: int, steps: int) -> float:
     "Seconds of so many network calls and nothing else."
-    from views.ask import opened
+    from views.ask import open_run
 
-    run = opened(name)
+    run = open_run(name)
     f, x = run.velocity(), torch.randn(count, *run.shape)
     t = torch.full((count,), 0.5)
     with torch.no_grad():
@@ -75,18 +74,18 @@ def main():
         f"page ready {statistics.median(ready() for _ in range(3)):.1f} s after the command "
         "(median of 3)"
     )
-    use_threads()
+    set_threads()
     with tempfile.TemporaryDirectory() as folder:
         import os
 
         os.environ["CUDLAB_RUNS_PATH"] = folder
-        from cudlab.run import create, train
+        from cudlab.training import create_run, train
 
         names = ["digits-cud"]
         try:
             list(
                 train(
-                    create(
+                    create_run(
                         Config(method="rf", data="mnist", net="mnist", steps=1, batch=2),
                         "bench-mnist",
                     )

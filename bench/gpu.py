@@ -22,21 +22,22 @@ import time
 from pathlib import Path
 
 import torch
+from cudlab.metrics import machine
 from metrics import drawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cudlab.core import Config, noise, use_threads
+from cudlab.config import Config, set_threads
 from cudlab.cud import CUD
-from cudlab.features import features
-from cudlab.fit import arithmetic, fit
-from cudlab.metrics import Reference, frechet, frechet_jackknife, gaussian, machine
-from cudlab.net import Velocity, network
-from cudlab.path import grid, linear
-from cudlab.solver import solve
-
+from cudlab.distances import Reference, fit_gaussian, frechet_distance, frechet_jackknife
+from cudlab.features import get_features
+from cudlab.fit import compute_dtype, fit
+from cudlab.multistep import solve
+from cudlab.net import Velocity, make_network
+from cudlab.path import linear, make_grid
+from cudlab.rng import draw_noise
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
@@ -121,7 +122,7 @@ def training(name: str, heads: int, batch: int, where: torch.device, compiled: b
     "The ticks of an endless training."
     torch.manual_seed(0)
     config = Config(batch=batch, steps=10**6, schedule="constant", dtype="bfloat16")
-    net = network(name, SHAPES[name], heads=heads).to(where, memory_format=torch.channels_last)
+    net = make_network(name, SHAPES[name], heads=heads).to(where, memory_format=torch.channels_last)
     objective = CUD(heads=heads).bind(net, linear, config.steps)
     if compiled:
         net.compile()
@@ -217,17 +218,17 @@ def sampling(where: torch.device, small: bool) -> list:
     in bfloat16.
     """
     n, batch = (64, 32) if small else (50_000, 2000)
-    net = network("mnist", SHAPES["mnist"]).to(where, memory_format=torch.channels_last).eval()
-    f, eyes, rows = Velocity(net), features("mnist-v2"), []
+    net = make_network("mnist", SHAPES["mnist"]).to(where, memory_format=torch.channels_last).eval()
+    f, eyes, rows = Velocity(net), get_features("mnist-v2"), []
 
     def made(steps: int, dtype: torch.dtype) -> torch.Tensor:
         found = []
         for at in range(0, n, batch):
-            x = noise(0, torch.arange(at, min(at + batch, n)), SHAPES["mnist"], where).contiguous(
-                memory_format=torch.channels_last
-            )
+            x = draw_noise(
+                0, torch.arange(at, min(at + batch, n)), SHAPES["mnist"], where
+            ).contiguous(memory_format=torch.channels_last)
             with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
-                x = solve(f, x, grid("uniform", steps).to(where), "euler").x
+                x = solve(f, x, make_grid("uniform", steps).to(where), "euler").x
             found.append(eyes(x.float()))
         return torch.cat(found)
 
@@ -251,13 +252,13 @@ def scoring(where: torch.device, small: bool) -> dict:
     "Seconds of the Fréchet distance at full size: the data's part, the value, value and interval."
     n, dim = (2000, 128) if small else (50_000, 2048)
     a, b = drawn("a", n, dim, where, 1.1), drawn("b", n, dim, where)
-    frechet(a[: 2 * dim], b[: 2 * dim])
+    frechet_distance(a[: 2 * dim], b[: 2 * dim])
     real = Reference(b)
     found = {
         "n": n,
         "dim": dim,
-        "data": seconds(lambda: real.once(gaussian), where),
-        "value": seconds(lambda: frechet(a, real), where),
+        "data": seconds(lambda: real.once(fit_gaussian), where),
+        "value": seconds(lambda: frechet_distance(a, real), where),
         "jackknife": seconds(lambda: frechet_jackknife(a, real), where),
     }
     print(
@@ -283,13 +284,13 @@ def main(words: list = None) -> int:
             "the same code."
         )
         return 0
-    use_threads()
+    set_threads()
     if where.type == "cuda":
         torch.backends.cudnn.benchmark = True
     roof = ceilings(where, told.small)
     print(
         f"{machine(where)}, torch {torch.__version__}, CUDA {torch.version.cuda}; arithmetic auto "
-        f"is {arithmetic(Config(), where, SHAPES['mnist'])}\n"
+        f"is {compute_dtype(Config(), where, SHAPES['mnist'])}\n"
         f"ceilings: {roof['bfloat16']:.2f} TFLOP/s in bfloat16, {roof['float32']:.2f} in float32, "
         f"copy {roof['copy']:,.1f} GB/s read and written",
         flush=True,

@@ -13,10 +13,9 @@ import time
 
 import torch
 
-from cudlab.core import use_threads
-from cudlab.net import network
-from cudlab.run import processor
-
+from cudlab.config import set_threads
+from cudlab.net import make_network
+from cudlab.run import cpu_name
 
 BATCH, ROUNDS = 32, 7
 
@@ -55,7 +54,7 @@ def passes(compiled=False):
     ]:
         torch.manual_seed(0)
         net, data = (
-            network("mnist", (1, 28, 28)).to(memory_format=layout),
+            make_network("mnist", (1, 28, 28)).to(memory_format=layout),
             x.contiguous(memory_format=layout),
         )
         if compile_it:
@@ -82,7 +81,7 @@ def passes(compiled=False):
 def targets():
     "Two targets one after the other, and in one call."
     net, x, t = (
-        network("mnist", (1, 28, 28)),
+        make_network("mnist", (1, 28, 28)),
         torch.randn(2 * BATCH, 1, 28, 28),
         torch.rand(2 * BATCH),
     )
@@ -100,7 +99,7 @@ def targets():
 
 def updates():
     "Optimiser and average: one call for all tensors, or Python for each."
-    net = network("mnist", (1, 28, 28))
+    net = make_network("mnist", (1, 28, 28))
     average, variants = copy.deepcopy(net), {}
     for p in net.parameters():
         p.grad = torch.randn_like(p)
@@ -156,10 +155,9 @@ def ceilings():
 
 
 if __name__ == "__main__":
-    use_threads()
+    set_threads()
     print(
-        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"batch {BATCH}"
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {BATCH}"
     )
     for title, rows, unit in (
         ("passes", passes("--compile" in sys.argv), "ms"),

@@ -14,20 +14,21 @@ import time
 
 import numpy as np
 import torch
+from cudlab.metrics import machine
 from torch import nn
 
-from cudlab.core import Rng, device, use_threads
-from cudlab.metrics import (
+from cudlab.config import find_device, set_threads
+from cudlab.distances import (
     Reference,
     density_coverage,
-    frechet,
+    fit_gaussian,
+    frechet_distance,
     frechet_jackknife,
     frechet_limit,
-    gaussian,
     kernel_distance,
-    machine,
     precision_recall,
 )
+from cudlab.rng import Rng
 
 
 def drawn(name: str, n: int, dim: int, where: torch.device, scale: float = 1.0) -> torch.Tensor:
@@ -104,8 +105,8 @@ def scipy_fid(a: torch.Tensor, b: torch.Tensor) -> float:
 def ours(a: torch.Tensor, b: torch.Tensor) -> tuple:
     "(cost of the value, cost of value and interval, value), data's part included."
     real = Reference(b)
-    once, _ = clock("gaussian of the data, once for all scores", lambda: real.once(gaussian))
-    each, value = clock("frechet", lambda: frechet(a, real))
+    once, _ = clock("gaussian of the data, once for all scores", lambda: real.once(fit_gaussian))
+    each, value = clock("frechet", lambda: frechet_distance(a, real))
     held, (same, low, high) = clock(
         "frechet_jackknife (value and interval)", lambda: frechet_jackknife(a, real)
     )
@@ -123,8 +124,8 @@ def main(words: list = None) -> None:
     ask.add_argument("--device", default="auto", help="auto, cpu, cuda")
     ask.add_argument("--ours", action="store_true", help="leave the other implementations out")
     told = ask.parse_args(words)
-    use_threads()
-    where = device(told.device)
+    set_threads()
+    where = find_device(told.device)
     print(
         f"{told.n:,} x {told.dim:,} features a side, float64, {machine(where)}, torch "
         f"{torch.__version__}"

@@ -9,10 +9,11 @@ import time
 
 import torch
 
-from cudlab.core import noise, use_threads
-from cudlab.net import Velocity, network
-from cudlab.path import grid
-from cudlab.solver import SOLVERS, solve
+from cudlab.config import set_threads
+from cudlab.multistep import SOLVERS, solve
+from cudlab.net import Velocity, make_network
+from cudlab.path import make_grid
+from cudlab.rng import draw_noise
 
 
 def seconds(action) -> float:
@@ -25,11 +26,11 @@ def overhead(
     name: str, shape: tuple, batch: int, solvers: tuple, steps: int = 8, rounds: int = 15
 ) -> None:
     "Ratio of a solve to as many bare calls, measured in turn."
-    net = network(name, shape).eval()
-    x = noise(0, batch, shape)
+    net = make_network(name, shape).eval()
+    x = draw_noise(0, batch, shape)
     t, ts = (
         torch.full((batch,), 0.5),
-        {finite: grid("uniform", steps, finite=finite) for finite in (False, True)},
+        {finite: make_grid("uniform", steps, finite=finite) for finite in (False, True)},
     )
 
     def bare(calls):
@@ -39,7 +40,7 @@ def overhead(
     with torch.no_grad():
         bare(4 * steps)
         for solver in solvers:
-            calls, times = SOLVERS[solver].calls(steps), ts[SOLVERS[solver].finite]
+            calls, times = SOLVERS[solver].nfe(steps), ts[SOLVERS[solver].needs_finite_logsnr]
             ratios = sorted(
                 seconds(lambda s=solver, at=times: solve(Velocity(net), x, at, s))
                 / seconds(lambda n=calls: bare(n))
@@ -69,13 +70,13 @@ def imports(rounds: int = 7) -> None:
 
 
 if __name__ == "__main__":
-    use_threads()
+    set_threads()
     overhead("digits", (1, 8, 8), 64, ("euler", "ab2", "ab4", "heun"))
     overhead(
         "mnist",
         (1, 28, 28),
         32,
-        tuple(name for name, entry in SOLVERS.items() if entry.calls and entry.calls(9) == 9),
+        tuple(name for name, entry in SOLVERS.items() if entry.nfe and entry.nfe(9) == 9),
         rounds=5,
     )
     imports()

@@ -7,9 +7,11 @@ import time
 
 import torch
 
-from cudlab.core import noise, use_threads
-from cudlab.path import grid
-from cudlab.plot import motion, moves, paths, plane, tradeoff
+from cudlab.config import set_threads
+from cudlab.path import make_grid
+from cudlab.plot import motion_chart, moves_chart, path_chart, plane_chart
+from cudlab.rng import draw_noise
+from cudlab.tradeoff import tradeoff_chart
 
 
 def milliseconds(action, rounds: int = 15) -> float:
@@ -24,11 +26,13 @@ def milliseconds(action, rounds: int = 15) -> float:
 
 def cases() -> dict:
     "Name -> how to make the figure."
-    ts, axis = grid("uniform", 16), torch.linspace(-2.6, 2.6, 15)
+    ts, axis = make_grid("uniform", 16), torch.linspace(-2.6, 2.6, 15)
     at = torch.cartesian_prod(axis, axis)
-    flat, solid = (torch.stack([noise(0, 256, (d,)) * (0.2 + 0.8 * t) for t in ts]) for d in (2, 3))
+    flat, solid = (
+        torch.stack([draw_noise(0, 256, (d,)) * (0.2 + 0.8 * t) for t in ts]) for d in (2, 3)
+    )
     field = torch.stack([at * (0.2 + t) for t in ts])
-    values = noise(1, 64, (16,)).abs().T
+    values = draw_noise(1, 64, (16,)).abs().T
     scores = [
         dict(
             run=f"run {r}",
@@ -44,20 +48,22 @@ def cases() -> dict:
         for s in range(3)
     ]
     return {
-        "paths in 2-D, 256 x 17": lambda: paths(flat, torch.tensor([0.5, 0.3])),
-        "paths in 3-D, 256 x 17": lambda: paths(solid, torch.tensor([0.5, 0.3, 0.1])),
-        "plane, 256 x 17": lambda: plane(flat, flat[0]),
-        "motion, 128 x 17": lambda: motion(flat[:, :128], ts, flat[0]),
-        "motion, 128 x 17, field of 15 x 15": lambda: motion(flat[:, :128], ts, flat[0], field, at),
-        "moves, 6 panels of 16 x 64": lambda: moves(
+        "paths in 2-D, 256 x 17": lambda: path_chart(flat, torch.tensor([0.5, 0.3])),
+        "paths in 3-D, 256 x 17": lambda: path_chart(solid, torch.tensor([0.5, 0.3, 0.1])),
+        "plane, 256 x 17": lambda: plane_chart(flat, flat[0]),
+        "motion, 128 x 17": lambda: motion_chart(flat[:, :128], ts, flat[0]),
+        "motion, 128 x 17, field of 15 x 15": lambda: motion_chart(
+            flat[:, :128], ts, flat[0], field, at
+        ),
+        "moves, 6 panels of 16 x 64": lambda: moves_chart(
             {f"panel {k} (unit)": values for k in range(6)}, ts
         ),
-        "tradeoff, 12 lines of 8 points, 3 seeds": lambda: tradeoff(scores),
+        "tradeoff, 12 lines of 8 points, 3 seeds": lambda: tradeoff_chart(scores),
     }
 
 
 if __name__ == "__main__":
-    use_threads()
+    set_threads()
     for name, make in cases().items():
         fig = make()
         print(

@@ -16,12 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cudlab.boot import BOOT
-from cudlab.core import Rng
 from cudlab.cud import CUD
 from cudlab.gdd import GDD
 from cudlab.net import UNet, Velocity
 from cudlab.path import linear
-
+from cudlab.rng import Rng
 
 SHAPE, CLASSES, PICTURES = (3, 64, 64), 1000, 1_281_167
 ASSUMED = {
@@ -51,7 +50,10 @@ def objective(name: str):
     made = BOOT() if name == "BOOT" else GDD() if name == "GDD-I" else CUD(heads=int(name[-1]))
     teacher = wide() if name == "BOOT" else None
     return made.bind(
-        wide(**made.needs()), linear, 10**6, (lambda y: Velocity(teacher, y)) if teacher else None
+        wide(**made.network_options()),
+        linear,
+        10**6,
+        (lambda y: Velocity(teacher, y)) if teacher else None,
     ), teacher
 
 

@@ -21,13 +21,13 @@ import time
 
 import torch
 
-from cudlab.core import Config, Rng, use_threads
-from cudlab.cud import CUD, draw, nodes
-from cudlab.data import load
-from cudlab.fit import arithmetic, fit
-from cudlab.net import network
+from cudlab.config import Config, set_threads
+from cudlab.cud import CUD, lookahead_states, sample_times
+from cudlab.data import load_data
+from cudlab.fit import compute_dtype, fit
+from cudlab.net import make_network
 from cudlab.path import linear
-
+from cudlab.rng import Rng
 
 BATCH, BLOCK, ROUNDS, LOW = 32, 3, 7, 1e-5
 
@@ -48,18 +48,18 @@ class Pictures:
 def plain(data, heads, seed=0):
     "The loop one would write first, on the same random numbers."
     torch.manual_seed(seed)
-    net = network("mnist", data.shape, heads=heads)
+    net = make_network("mnist", data.shape, heads=heads)
     ema, optim, step = copy.deepcopy(net), torch.optim.Adam(net.parameters(), 1e-3), 0
     while True:
         x0, _ = data.batch(seed, step, BATCH)
         rng = Rng(seed, step)
         eps = rng.normal("eps", BATCH, data.shape)
-        t, h = draw(rng, BATCH, 16, "uniform", "continuous", heads, LOW)
+        t, h = sample_times(rng, BATCH, 16, "uniform", "continuous", heads, LOW)
         s = t[:, None, None, None]
         xt, g = (1 - s) * x0 + s * eps, eps - x0
         with torch.no_grad():
             w = lambda x, t: net(x, t.clamp(LOW, 1))
-            states = nodes(w, xt, t, h, w(xt, t), heads, "corrected")
+            states = lookahead_states(w, xt, t, h, w(xt, t), heads, "corrected")
             targets = [
                 torch.where((t - j * h >= LOW - 1e-6)[:, None, None, None], w(z, t - j * h), g)
                 for j, z in enumerate(states, 1)
@@ -85,7 +85,7 @@ def ours(data, heads, seed=0):
     "The same training through `fit`."
     torch.manual_seed(seed)
     config = Config(batch=BATCH, steps=10**6, schedule="constant", seed=seed)
-    net = network("mnist", data.shape, heads=heads)
+    net = make_network("mnist", data.shape, heads=heads)
     if "--compile" in sys.argv:
         net.compile()
     objective = CUD(heads=heads).bind(net, linear, config.steps)
@@ -106,7 +106,7 @@ def speed(heads):
             seconds[name].append((time.perf_counter() - began) / BLOCK)
     ratios = sorted(a / b for a, b in zip(seconds["plain"][1:], seconds["cudlab"][1:]))
     best = {name: BATCH / statistics.median(s[1:]) for name, s in seconds.items()}
-    dtype = str(arithmetic(Config(), torch.device("cpu"), data.shape)).removeprefix("torch.")
+    dtype = str(compute_dtype(Config(), torch.device("cpu"), data.shape)).removeprefix("torch.")
     print(
         f"training step, K = {heads}, 2.16 M network, batch {BATCH}, {torch.get_num_threads()} "
         f"threads, {dtype}: {best['cudlab']:.1f} img/s, plain loop {best['plain']:.1f}, "
@@ -117,7 +117,7 @@ def speed(heads):
 
 def losses(steps=200, last=50):
     "Mean loss of the last steps of both loops, on MNIST."
-    data = load("mnist")
+    data = load_data("mnist")
     for seed in range(3):
         for heads in (1, 2, 3):
             ends = {}
@@ -132,7 +132,7 @@ def losses(steps=200, last=50):
 
 
 if __name__ == "__main__":
-    use_threads()
+    set_threads()
     if "--loss" in sys.argv:
         losses()
     else:

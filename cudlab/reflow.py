@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['Pairs', 'Reflow', 'Distill']  # fmt: skip
 
-# %% ../nbs/15_reflow.ipynb #0b1ad1ec
+# %% ../nbs/15_reflow.ipynb #132da422
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .core import Config, Rng, pick, spec
+from .config import Config, lookup, option
 from .fit import Student, fit
-from .path import Path, grid, linear
-from .rf import draw_times
-from .solver import SOLVERS, solve
+from .multistep import SOLVERS, solve
+from .path import Path, linear, make_grid
+from .rf import sample_uniform_times
+from .rng import Rng
 
 
 # %% ../nbs/15_reflow.ipynb #a49895b7
@@ -57,7 +58,10 @@ class Pairs:
 
     def make(self) -> Iterator[int]:
         "Walk the teacher's flow, some hundred noises at a time; yields how many pairs there are."
-        ts, ends = grid("uniform", self.moves, self.path, SOLVERS[self.solver].finite), []
+        ts, ends = (
+            make_grid("uniform", self.moves, self.path, SOLVERS[self.solver].needs_finite_logsnr),
+            [],
+        )
         for first in range(0, self.count, 256):
             index = torch.arange(first, min(first + 256, self.count), device=self.device)
             with torch.no_grad():
@@ -89,19 +93,19 @@ class Pairs:
 class Reflow(Student):
     "2-RF: a rectified flow trained on the teacher's own pairs."
 
-    pairs: int = spec(16384, "pairs of noise and end point", low=1, high=100_000_000)
-    solver: str = spec("heun", "the teacher's solver")
-    moves: int = spec(16, "the teacher's moves", low=1, high=1000)
-    times: str = spec(
+    pairs: int = option(16384, "pairs of noise and end point", low=1, high=100_000_000)
+    solver: str = option("heun", "the teacher's solver")
+    moves: int = option(16, "the teacher's moves", low=1, high=1000)
+    times: str = option(
         "uniform", "distribution of training times", choices=("uniform", "logitnormal")
     )
-    t_min: float = spec(1e-5, "smallest training time", above=0, high=0.1)
+    t_min: float = option(1e-5, "smallest training time", above=0, high=0.1)
 
     store = None  # the pairs, once they are made
 
     def check(self, config: Config) -> None:
         super().check(config)
-        if not pick("solver", self.solver, SOLVERS).order:
+        if not lookup("solver", self.solver, SOLVERS).order:
             raise ValueError(
                 f"solver = {self.solver!r} draws fresh noise, so a noise has no end point of its "
                 "own; use one that follows the flow, for example heun"
@@ -142,7 +146,7 @@ class Reflow(Student):
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
         "Mean squared error of the velocity on the pair's line; x0 holds noise and end point."
         z, end = x0.unbind(1)
-        t = draw_times(rng, len(z), self.times, self.t_min)
+        t = sample_uniform_times(rng, len(z), self.times, self.t_min)
         xt, v = self.path(end, z, t)
         return {"net": (self.net(xt, t, y) - v).square().mean()}  # 2209.03003
 
@@ -152,12 +156,12 @@ class Reflow(Student):
 class Distill(Reflow):
     "One-step distillation: regress the teacher's guesses, early ones first, from noise alone."
 
-    solver: str = spec("euler", "the teacher's solver")
-    targets: str = spec(
+    solver: str = option("euler", "the teacher's solver")
+    targets: str = option(
         "8 11 14",
         "stages: the guess after so many moves; the number of moves itself is the end point",
     )
-    pull: float = spec(0.1, "weight of the pull towards the network's own average", low=0)
+    pull: float = option(0.1, "weight of the pull towards the network's own average", low=0)
 
     one_step = True
 

@@ -4,13 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
-
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import torch
 
-from cudlab.core import joined
-from cudlab.run import build, parameters
-
+from cudlab.distributed import init_distributed
+from cudlab.training import build_objective, parse_parameters
 
 torch.set_num_threads(1)
-with joined() as team:
+with init_distributed() as team:
     for job in json.loads(sys.argv[1]):
-        config, _ = parameters(job)
-        objective, data = build(config, "cpu")
+        config, _ = parse_parameters(job)
+        objective, data = build_objective(config, "cpu")
         ticks = list(objective.fit(data, config))
         weights = {
             name: sum(p.double().square().sum().item() for p in m.parameters())

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cudlab.data import load
-from cudlab.run import Run, parameters
-from cudlab.sweep import finished, read
-
+from cudlab.data import load_data
+from cudlab.run import Run
+from cudlab.sweep import is_finished, load_sweep
+from cudlab.training import parse_parameters
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "jobs").glob("*.json"))
@@ -22,14 +22,17 @@ def test_a_job_file_can_be_run_here_in_legs(file, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path))
     content = json.loads(file.read_text())
     try:
-        load(content["train"]["data"])
+        load_data(content["train"]["data"])
     except ValueError as e:
         pytest.skip(str(e))
-    sweep = read(str(file), ["minutes=9"])
+    sweep = load_sweep(str(file), ["minutes=9"])
     for task in sweep.tasks.values():  # what ships need not be trained again
         assert (Path(task.folder).parent == ROOT / "checkpoints") == (
             ROOT / "checkpoints" / Path(task.folder).name
-        ).is_dir() and finished(task) in (False, Path(task.folder).parent == ROOT / "checkpoints")
+        ).is_dir() and is_finished(task) in (
+            False,
+            Path(task.folder).parent == ROOT / "checkpoints",
+        )
     trainings = [task.name for task in sweep.tasks.values() if task.kind == "train"]
     assert sorted(trainings) == sorted(job["name"] for job in content["jobs"])
     assert (
@@ -39,7 +42,7 @@ def test_a_job_file_can_be_run_here_in_legs(file, tmp_path, monkeypatch):
     )
     for task in sweep.tasks.values():
         if task.kind == "train":
-            config, _ = parameters(task.params)
+            config, _ = parse_parameters(task.params)
             assert config.method == "dode" or config.net == content["train"]["net"]
             assert (
                 sum(
@@ -59,8 +62,14 @@ def test_a_job_file_can_be_run_here_in_legs(file, tmp_path, monkeypatch):
 )
 def test_every_run_that_ships_verifies_and_samples(folder):
     run = Run(folder)
-    assert run.verify() and run.step == run.length
-    assert run.solve(index=2, steps=run.own["steps"], solver=run.own["solver"]).x.isfinite().all()
+    assert run.verify() and run.step == run.num_steps
+    assert (
+        run.solve(
+            index=2, steps=run.sampling_defaults["steps"], solver=run.sampling_defaults["solver"]
+        )
+        .x.isfinite()
+        .all()
+    )
 
 
 @pytest.mark.skipif(not TOLD.is_file(), reason="no baseline ships yet")
@@ -82,7 +91,7 @@ def test_every_number_of_the_baselines_was_measured_on_a_run_that_ships():
             )
             assert (
                 run.config.steps == jobs[run.name].get("steps", run.config.steps)
-                and run.spent["cpu"] > 0
+                and run.training_cost["cpu"] > 0
             )
             for nfe, score in row["scores"].items():
                 found = [

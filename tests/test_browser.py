@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-
 pytest.importorskip("gradio")
 
 from test_explorer import make_lab, start_server, stop_server
-
 
 pytestmark = pytest.mark.browser
 SHOTS = Path(__file__).resolve().parent.parent / "screenshots"
@@ -244,7 +242,7 @@ def test_the_keyboard_is_enough(visit):
     page.keyboard.press("r")
     page.wait_for_function(
         "old => { const now = [...document.querySelectorAll('#film .col "
-        "img[data-layer=x]')].map((i) => i.src); return now.length === 9 && now[0] !== old; }",
+        "img[data-layer=x]')].map((i) => i.src); return now.num_steps === 9 && now[0] !== old; }",
         arg=first[0],
     )
     page.wait_for_function(

@@ -14,9 +14,8 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from cudlab import data
-from cudlab.core import complaint
-from cudlab.data import DATA, POINTS, Images, load
-
+from cudlab.config import error_of
+from cudlab.data import DATA, POINTS, Images, load_data
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -88,18 +87,18 @@ def test_slices_of_the_processes_are_the_global_batch(n, parts, step):
 
 @pytest.mark.parametrize("name", POINTS)
 def test_points_are_fresh_pure_and_unit_variance(name):
-    a, b = load(name), load(name)
+    a, b = load_data(name), load_data(name)
     assert torch.equal(a.batch(1, 9, 64)[0], b.batch(1, 9, 64)[0])
     assert torch.equal(
         torch.cat([a.batch(1, 9, 16, s, 64)[0] for s in (0, 16, 32, 48)]), b.batch(1, 9, 64)[0]
     )
     assert not torch.equal(a.batch(1, 9, 64)[0], a.batch(1, 10, 64)[0])
-    assert not torch.equal(a.all(64)[0], load(name, "test").all(64)[0])
+    assert not torch.equal(a.all(64)[0], load_data(name, "test").all(64)[0])
     assert torch.equal(a.all()[0][:64], a.all(64)[0]) and len(a.all()[0]) == len(a)
     x, y = a.batch(0, 0, 200_000)
     assert x.double().mean(0).abs().max() < 0.01 and (x.double().var(0) - 1).abs().max() < 0.01
     assert y.unique().tolist() == list(range(len(a.classes)))
-    assert a.hash != load(name, "test").hash
+    assert a.hash != load_data(name, "test").hash
 
 
 def test_every_epoch_visits_every_image_once_and_each_in_another_order():
@@ -118,13 +117,13 @@ def test_half_of_the_images_are_mirrored_and_all_is_not():
 
 
 def test_digits_are_all_scans_once():
-    train, test = load("digits"), load("digits", "test")
+    train, test = load_data("digits"), load_data("digits", "test")
     assert (len(train), len(test)) == (1500, 297)
     from sklearn.datasets import load_digits
 
     scans = sorted(s.tobytes() for s in np.round(load_digits().images * 255 / 16).astype(np.uint8))
     assert sorted(i.numpy().tobytes() for i in torch.cat([train.images, test.images])) == scans
-    assert train.hash == load("digits").hash and len(train.hash) == 12
+    assert train.hash == load_data("digits").hash and len(train.hash) == 12
     x0, y = train.all(5)
     assert x0.shape == (5, 1, 8, 8) and x0.dtype == torch.float32 and y.dtype == torch.int64
 
@@ -132,27 +131,27 @@ def test_digits_are_all_scans_once():
 def test_parquet_is_read_and_then_cached(lab, monkeypatch):
     images = pictures(12)
     write_parquet(lab / "mnist" / "train.parquet", images, [0, 1] * 6)
-    first = load("mnist")
+    first = load_data("mnist")
     assert np.array_equal(first.images.numpy()[:, 0], np.stack(images))
     assert first.classes == ["zero", "one"] and first.labels.tolist() == [0, 1] * 6
     assert first.all()[0].min() >= -1 and first.all()[0].max() <= 1
     monkeypatch.setattr(data, "decode_table", lambda table: pytest.fail("decoded twice"))
-    assert load("mnist").hash == first.hash
+    assert load_data("mnist").hash == first.hash
 
 
 def test_a_changed_parquet_is_another_cache_entry(lab):
     write_parquet(lab / "mnist" / "train.parquet", pictures(5), [0] * 5)
-    before = load("mnist").hash
+    before = load_data("mnist").hash
     write_parquet(lab / "mnist" / "train.parquet", pictures(7), [0] * 7)
-    assert load("mnist").hash != before and len(load("mnist")) == 7
+    assert load_data("mnist").hash != before and len(load_data("mnist")) == 7
 
 
 def test_a_damaged_cache_is_decoded_again(lab):
     write_parquet(lab / "mnist" / "train.parquet", pictures(5), [0] * 5)
-    before = load("mnist").hash
+    before = load_data("mnist").hash
     (saved,) = (lab.parent / "cache").glob("*.npz")
     saved.write_bytes(saved.read_bytes()[:100])
-    assert load("mnist").hash == before
+    assert load_data("mnist").hash == before
     assert not list((lab.parent / "cache").glob("*.part"))
 
 
@@ -161,12 +160,12 @@ def test_a_cache_that_cannot_be_written_costs_only_time(lab, monkeypatch):
     blocked = lab.parent / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("CUDLAB_CACHE_PATH", str(blocked / "cache"))
-    assert len(load("mnist")) == 5
+    assert len(load_data("mnist")) == 5
 
 
 def test_colour_img_column_and_no_labels(lab):
     write_parquet(lab / "cifar10" / "train.parquet", pictures(4, (32, 32, 3)), column="img")
-    found = load("cifar10")
+    found = load_data("cifar10")
     assert (
         found.shape == (3, 32, 32) and found.flip and found.labels is None and found.classes == []
     )
@@ -175,7 +174,7 @@ def test_colour_img_column_and_no_labels(lab):
 
 def test_numbered_classes_where_the_table_names_none(lab):
     write_parquet(lab / "mnist" / "train.parquet", pictures(4), [0, 1, 2, 1], names=None)
-    assert load("mnist").classes == ["0", "1", "2"]
+    assert load_data("mnist").classes == ["0", "1", "2"]
 
 
 def test_npz_comes_first(lab):
@@ -185,7 +184,7 @@ def test_npz_comes_first(lab):
         images=np.zeros((3, 1, 4, 4), np.uint8),
         labels=np.array([0, 2, 1]),
     )
-    found = load("mnist")
+    found = load_data("mnist")
     assert (len(found), found.shape, found.classes) == (3, (1, 4, 4), ["0", "1", "2"])
 
 
@@ -203,7 +202,7 @@ def test_npz_comes_first(lab):
 def test_unfit_npz(lab, arrays, says):
     (lab / "mnist").mkdir()
     np.savez(lab / "mnist" / "train.npz", **arrays)
-    message = complaint(load, "mnist")
+    message = error_of(load_data, "mnist")
     assert says in message and message.startswith("data = 'mnist'") and "\n" not in message
 
 
@@ -211,7 +210,7 @@ def test_unfit_npz(lab, arrays, says):
 def test_corrupt_parquet(lab, content):
     (lab / "mnist").mkdir()
     (lab / "mnist" / "train.parquet").write_bytes(content)
-    assert "not readable as parquet" in complaint(load, "mnist")
+    assert "not readable as parquet" in error_of(load_data, "mnist")
 
 
 def test_parquet_with_broken_or_uneven_images(lab):
@@ -221,11 +220,11 @@ def test_parquet_with_broken_or_uneven_images(lab):
     (lab / "mnist").mkdir()
     file = lab / "mnist" / "train.parquet"
     pq.write_table(pa.table({"image": [{"bytes": b"no image", "path": ""}], "label": [0]}), file)
-    assert "cannot identify" in complaint(load, "mnist")
+    assert "cannot identify" in error_of(load_data, "mnist")
     write_parquet(file, [np.zeros((4, 4), np.uint8), np.zeros((5, 4), np.uint8)], [0, 1])
-    assert "image 1 is 5x4, the first one 4x4" in complaint(load, "mnist")
+    assert "image 1 is 5x4, the first one 4x4" in error_of(load_data, "mnist")
     pq.write_table(pa.table({"words": ["a"]}), file)
-    assert "no column image or img" in complaint(load, "mnist")
+    assert "no column image or img" in error_of(load_data, "mnist")
 
 
 def test_missing_data_says_the_three_ways(lab, monkeypatch):
@@ -237,7 +236,7 @@ def test_missing_data_says_the_three_ways(lab, monkeypatch):
         "load_dataset",
         lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline mode")),
     )
-    message = complaint(load, "mnist")
+    message = error_of(load_data, "mnist")
     for part in (
         "data = 'mnist' is not here",
         "offline mode",
@@ -247,13 +246,13 @@ def test_missing_data_says_the_three_ways(lab, monkeypatch):
         "folder:PATH",
     ):
         assert part in message
-    assert "not on the hub" in complaint(load, "cifar10_jpeg")
+    assert "not on the hub" in error_of(load_data, "cifar10_jpeg")
 
 
 def test_a_hub_that_does_not_answer_fails_fast(lab, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "the hub does not answer" in complaint(load, "mnist")
+    assert "the hub does not answer" in error_of(load_data, "mnist")
 
 
 def test_hub_through_the_datasets_library(lab, monkeypatch, tmp_path):
@@ -273,12 +272,12 @@ def test_hub_through_the_datasets_library(lab, monkeypatch, tmp_path):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    found = load("fashion_mnist", "test")
+    found = load_data("fashion_mnist", "test")
     assert np.array_equal(found.images.numpy()[:, 0], np.stack(pictures(6))) and found.classes == [
         "zero",
         "one",
     ]
-    assert load("fashion_mnist", "test").hash == found.hash
+    assert load_data("fashion_mnist", "test").hash == found.hash
     assert asked == [("zalando-datasets/fashion_mnist", "test")]
 
 
@@ -297,7 +296,7 @@ def album(tmp_path):
 
 
 def test_folder_of_images(lab, album):
-    train, test = load(f"folder:{album}@16"), load(f"folder:{album}@16", "test")
+    train, test = load_data(f"folder:{album}@16"), load_data(f"folder:{album}@16", "test")
     assert (len(train), len(test), train.shape, train.classes) == (
         22,
         2,
@@ -306,14 +305,14 @@ def test_folder_of_images(lab, album):
     )
     assert train.images.flatten(1).float().std(1).max() == 0
     assert train.labels.bincount().tolist() == [11, 11]
-    assert load(f"folder:{album}").shape == (1, 20, 20)
+    assert load_data(f"folder:{album}").shape == (1, 20, 20)
 
 
 def test_one_coloured_picture_makes_the_folder_coloured(lab, album):
     from PIL import Image
 
     Image.new("RGB", (40, 40), (255, 0, 0)).save(album / "cat" / "red.jpg")
-    assert load(f"folder:{album}@16").shape == (3, 16, 16)
+    assert load_data(f"folder:{album}@16").shape == (3, 16, 16)
 
 
 def test_flat_folder_with_an_at_sign_has_no_classes(lab, tmp_path):
@@ -322,32 +321,32 @@ def test_flat_folder_with_an_at_sign_has_no_classes(lab, tmp_path):
     place = tmp_path / "me@home"
     place.mkdir()
     Image.new("L", (100, 90)).save(place / "one.png")
-    found = load(f"folder:{place}")
+    found = load_data(f"folder:{place}")
     assert found.shape == (1, 64, 64) and found.classes == [] and found.labels is None
-    assert load(f"folder:{place}@32").shape == (1, 32, 32)
+    assert load_data(f"folder:{place}@32").shape == (1, 32, 32)
 
 
 def test_folder_errors(lab, album, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "no images in" in complaint(load, f"folder:{tmp_path / 'empty'}")
-    assert "there is no folder" in complaint(load, "folder:/no/such/place")
-    assert "there is no folder" in complaint(load, "folder:")
+    assert "no images in" in error_of(load_data, f"folder:{tmp_path / 'empty'}")
+    assert "there is no folder" in error_of(load_data, "folder:/no/such/place")
+    assert "there is no folder" in error_of(load_data, "folder:")
     for size in ("x", "2", "9999", "-4", ""):
-        assert "is not a whole number from 4 to 512" in complaint(load, f"folder:{album}@{size}"), (
-            size
-        )
+        assert "is not a whole number from 4 to 512" in error_of(
+            load_data, f"folder:{album}@{size}"
+        ), size
     (album / "cat" / "00.png").write_bytes(b"\x89PNG broken")
     for name in (f"folder:{album}@16", f"folder:{album}"):
-        assert "00.png is not readable as an image" in complaint(load, name)
+        assert "00.png is not readable as an image" in error_of(load_data, name)
     (tmp_path / "empty" / "a.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
-    assert "fewer than ten" in complaint(load, f"folder:{tmp_path / 'empty'}", "test")
+    assert "fewer than ten" in error_of(load_data, f"folder:{tmp_path / 'empty'}", "test")
 
 
 def test_unknown_names():
-    assert "did you mean 'mnist'" in complaint(load, "mnits")
-    assert "did you mean 'train'" in complaint(load, "digits", "trian")
+    assert "did you mean 'mnist'" in error_of(load_data, "mnits")
+    assert "did you mean 'train'" in error_of(load_data, "digits", "trian")
     for bad in (None, 3, "", "../mnist"):
-        assert "unknown data set" in complaint(load, bad)
+        assert "unknown data set" in error_of(load_data, bad)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +360,7 @@ def test_unknown_names():
 def test_the_real_sets(name, shape, count):
     if not (REAL / name / "train.parquet").is_file():
         pytest.skip(f"no {REAL / name}")
-    train, test = load(name), load(name, "test")
+    train, test = load_data(name), load_data(name, "test")
     assert (train.shape, len(train), len(test), len(train.classes)) == (shape, count, 10_000, 10)
     assert train.hash != test.hash
     assert ("JPEG" in train.note) == (name == "cifar10_jpeg") and train.flip == (
@@ -373,6 +372,6 @@ def test_every_registered_loader_is_a_function_of_split_and_device(lab, monkeypa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in DATA:
         try:
-            assert load(name).name == name
+            assert load_data(name).name == name
         except ValueError as e:
             assert str(e).startswith(f"data = {name!r}")

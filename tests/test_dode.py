@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudlab.core import Config, Rng, complaint, noise
-from cudlab.metrics import endpoint_error, evaluate, evaluation, measure, sweep
-from cudlab.run import Run, create, find_solver, main, slim, train
-
+from cudlab.catalog import strip_run
+from cudlab.cli import run_main
+from cudlab.config import Config, error_of
+from cudlab.evaluate import evaluate, parse_evaluation, score_many
+from cudlab.rng import Rng, draw_noise
+from cudlab.run import Run, find_solver
+from cudlab.scoring import endpoint_error, score
+from cudlab.training import create_run, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(samples=24, batches=3, moves=4)
@@ -24,7 +28,7 @@ def own_runs(tmp_path, monkeypatch):
 
 
 def fitted(name="learned", **args) -> Run:
-    run = create(Config(method="dode", args=SMALL | args), name)
+    run = create_run(Config(method="dode", args=SMALL | args), name)
     lines = list(train(run))
     assert lines[-1].startswith(f"run {name}: done")
     return run
@@ -43,7 +47,7 @@ def test_a_learned_solver_is_nearer_to_the_flow_than_its_base():
 @pytest.mark.parametrize("dtype", ["", "float32", "float16"])
 def test_a_learned_solver_that_was_cut_samples_the_same(dtype, tmp_path):
     run = fitted()
-    copy = slim(run, tmp_path / "cut", dtype)
+    copy = strip_run(run, tmp_path / "cut", dtype)
     torch.testing.assert_close(
         copy.solve(index=3).x,
         run.solve(index=3).x,
@@ -54,7 +58,7 @@ def test_a_learned_solver_that_was_cut_samples_the_same(dtype, tmp_path):
 
 def test_the_run_samples_like_its_teacher_with_it():
     run = fitted()
-    assert run.own == {
+    assert run.sampling_defaults == {
         "solver": "learned",
         "steps": 4,
         "grid": "uniform",
@@ -102,10 +106,10 @@ def test_it_is_refused_where_it_was_not_fitted_for():
     ):
         with pytest.raises(ValueError, match=said):
             run.solve(**dict(index=2, steps=4, solver="learned", grid="uniform") | choice)
-    assert "learned" in complaint(
+    assert "learned" in error_of(find_solver, "digits-rf-learned") or "unknown solver" in error_of(
         find_solver, "digits-rf-learned"
-    ) or "unknown solver" in complaint(find_solver, "digits-rf-learned")
-    assert "holds a network" in complaint(find_solver, "digits-rf")
+    )
+    assert "holds a network" in error_of(find_solver, "digits-rf")
 
 
 @pytest.mark.parametrize(
@@ -123,13 +127,13 @@ def test_it_is_refused_where_it_was_not_fitted_for():
 )
 def test_a_teacher_that_does_not_fit_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
-        create(Config(method="dode", **change))
+        create_run(Config(method="dode", **change))
 
 
 def test_a_solver_is_no_teacher():
     fitted()
     with pytest.raises(ValueError, match="holds a solver"):
-        create(Config(method="dode", args={"teacher": "learned"}))
+        create_run(Config(method="dode", args={"teacher": "learned"}))
 
 
 def test_a_teacher_that_changed_is_noticed(tmp_path):
@@ -141,23 +145,23 @@ def test_a_teacher_that_changed_is_noticed(tmp_path):
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     manifest["files"]["ema.safetensors"]["sha256"] = "0" * 64
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
-    assert "another network" in complaint(run.solve, index=2)
+    assert "another network" in error_of(run.solve, index=2)
     shutil.rmtree(folder)
-    assert "'mine', which cannot be used" in complaint(run.solve, index=2)
-    assert "cannot be used" in complaint(lambda: list(train(run)))
+    assert "'mine', which cannot be used" in error_of(run.solve, index=2)
+    assert "cannot be used" in error_of(lambda: list(train(run)))
 
 
 @pytest.mark.parametrize("args", [{}, dict(base="dpm-2s", fit_by="joint", target="heun", moves=2)])
 def test_it_resumes_bit_for_bit(args):
     whole, parts = (
         fitted("whole", **args),
-        create(Config(method="dode", args=SMALL | args), "parts"),
+        create_run(Config(method="dode", args=SMALL | args), "parts"),
     )
     for until in (1, 2, 0):
         words = [
             sys.executable,
             "-m",
-            "cudlab.run",
+            "cudlab.cli",
             "train",
             "method=dode",
             "name=parts",
@@ -172,7 +176,7 @@ def test_it_resumes_bit_for_bit(args):
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == (3 if until else 0), done.stderr
-    a, b = whole.tensors("ema.safetensors"), Run(parts.path).tensors("ema.safetensors")
+    a, b = whole.tensors("ema.safetensors"), Run(parts.dir).tensors("ema.safetensors")
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(
@@ -181,7 +185,7 @@ def test_it_resumes_bit_for_bit(args):
 
 
 def test_no_score_draws_the_noise_of_a_calibration():
-    scored = noise(0, 2000, (1, 8, 8)).flatten(1)
+    scored = draw_noise(0, 2000, (1, 8, 8)).flatten(1)
     for step in range(5):
         for stream in ("calibration", "held-out"):
             calibrated = Rng(0, step).normal(stream, 100, (1, 8, 8)).flatten(1)
@@ -189,7 +193,7 @@ def test_no_score_draws_the_noise_of_a_calibration():
 
 
 def test_classes_and_guidance_are_fitted_for():
-    run = create(
+    run = create_run(
         Config(
             method="dode",
             classes=True,
@@ -204,7 +208,7 @@ def test_classes_and_guidance_are_fitted_for():
     )
     with pytest.raises(ValueError, match="guidance = 2.0, not for 1.0"):
         teacher.solve(index=4, steps=4, solver="guided", grid="uniform", y=7)
-    assert run.own["guidance"] == 2.0 and run.solve(index=4, y=7).nfe == 8
+    assert run.sampling_defaults["guidance"] == 2.0 and run.solve(index=4, y=7).nfe == 8
 
 
 def test_a_solver_of_the_second_head_is_sampled_with_it():
@@ -218,18 +222,18 @@ def test_a_solver_of_the_second_head_is_sampled_with_it():
 def test_another_solver_under_the_same_name_is_measured_anew():
     import shutil
 
-    teacher = create(Config(data="moons", method="rf", steps=3, batch=8), "plane")
+    teacher = create_run(Config(data="moons", method="rf", steps=3, batch=8), "plane")
     list(train(teacher))
     for scale in (5, 10):
-        run = create(
+        run = create_run(
             Config(data="moons", method="dode", args=SMALL | dict(teacher="plane", scale=scale)),
             "learned",
         )
         list(train(run))
-        ask = evaluation(dict(solvers="learned", nfes="4", n=100))
+        ask = parse_evaluation(dict(solvers="learned", nfes="4", n=100))
         assert "measured before" not in list(evaluate(Run.open("plane"), ask))[-1]
         assert "measured before" in list(evaluate(Run.open("plane"), ask))[-1]
-        shutil.rmtree(run.path)
+        shutil.rmtree(run.dir)
 
 
 @pytest.mark.parametrize(
@@ -242,13 +246,15 @@ def test_another_solver_under_the_same_name_is_measured_anew():
 )
 def test_what_means_nothing_to_it_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
-        create(Config(method="dode", **change))
+        create_run(Config(method="dode", **change))
 
 
 def test_it_is_scored_like_any_solver():
     run = fitted()
     lines = list(
-        evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200)))
+        evaluate(
+            run, parse_evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200))
+        )
     )
     assert len(lines) == 4 and [(s["solver"], s["nfe"]) for s in run.scores] == [
         ("learned", 4),
@@ -260,11 +266,15 @@ def test_it_is_scored_like_any_solver():
         and run.scores[0]["fd_low"] < run.scores[0]["fd"] < run.scores[0]["fd_high"]
     )
     again = list(
-        evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200)))
+        evaluate(
+            run, parse_evaluation(dict(run="learned", solvers="learned euler", nfes="4 5", n=200))
+        )
     )
     assert sum("measured before" in line for line in again) == 3
     fewer = list(
-        evaluate(run, evaluation(dict(run="learned", solvers="learned euler", nfes="5", n=200)))
+        evaluate(
+            run, parse_evaluation(dict(run="learned", solvers="learned euler", nfes="5", n=200))
+        )
     )
     assert (
         fewer[1] == "learned left out: no number of steps makes exactly 5 calls" and len(fewer) == 3
@@ -284,8 +294,8 @@ def test_a_sweep_says_what_single_measurements_say(workers):
         )
     ]
     goal = run.solve(index=100, steps=64, solver="heun").x
-    for row, point in zip(sweep(run, points, goal=goal, workers=workers), points):
-        entry = measure(run, **point)
+    for row, point in zip(score_many(run, points, goal=goal, workers=workers), points):
+        entry = score(run, **point)
         assert abs(row["fd"] - entry["fd"]) < 1e-2 * entry["fd"] and row["nfe"] == entry["nfe"]
         assert (
             abs(
@@ -304,7 +314,7 @@ def test_a_sweep_says_what_single_measurements_say(workers):
 def test_the_command_line_lists_it(capsys):
     fitted()
     assert (
-        main(["list"]) == 0
+        run_main(["list"]) == 0
         and "learned" in capsys.readouterr().out
-        and main(["verify", "learned"]) == 0
+        and run_main(["verify", "learned"]) == 0
     )

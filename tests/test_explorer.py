@@ -22,7 +22,6 @@ from pathlib import Path
 
 import pytest
 
-
 gr = pytest.importorskip("gradio")
 
 import numpy as np
@@ -32,10 +31,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from views import ask
 
+from cudlab import cli, training
 from cudlab import run as run_module
-from cudlab.core import Config
-from cudlab.plot import pixels
-
+from cudlab.config import Config
+from cudlab.plot import to_pixels
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / "apps" / "explorer.py"
@@ -43,7 +42,7 @@ APP = ROOT / "apps" / "explorer.py"
 
 def tiny(name, **config):
     "A run trained for a few steps."
-    run = run_module.create(
+    run = training.create_run(
         Config(
             **({} if config.get("method") == "dode" else dict(batch=32, warmup=1, ema=0.5))
             | dict(log_every=1)
@@ -51,8 +50,8 @@ def tiny(name, **config):
         ),
         name,
     )
-    list(run_module.train(run))
-    return run_module.Run(run.path)
+    list(training.train(run))
+    return run_module.Run(run.dir)
 
 
 def make_lab(folder):
@@ -83,7 +82,7 @@ def make_lab(folder):
         )
         tiny("moons-jumps", method="shortcut", data="moons", steps=4)
         digits = tiny("digits-run", method="rf", data="digits", classes=True, steps=4)
-        shutil.copytree(digits.path, folder / "runs" / "damaged-run")
+        shutil.copytree(digits.dir, folder / "runs" / "damaged-run")
         weights = folder / "runs" / "damaged-run" / "ema.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
     return env
@@ -190,10 +189,10 @@ def test_the_pictures_are_the_samplers(app):
     tau = run_module.Run.open("digits-run").solve(seed=5, index=3, steps=4)
     states = {x["i"]: opened(x["src"]) for x in lines if x["k"] == "x"}
     for i, shown in states.items():
-        assert np.array_equal(shown, pixels(tau.xs[i])[..., 0].reshape(-1, 8)), i
+        assert np.array_equal(shown, to_pixels(tau.xs[i])[..., 0].reshape(-1, 8)), i
     hats = {x["i"]: opened(x["src"]) for x in lines if x["k"] == "hat"}
     assert np.array_equal(
-        hats[2], pixels(tau.x0_hats[2])[..., 0].reshape(-1, 8)
+        hats[2], to_pixels(tau.x0_hats[2])[..., 0].reshape(-1, 8)
     ) and np.array_equal(hats[4], states[4])
     speed = opened(next(x["src"] for x in lines if x["k"] == "v" and x["i"] == 1)).astype(float)
     v = tau.vs[1].reshape(-1, 8).numpy()
@@ -316,7 +315,7 @@ def test_files_of_what_is_on_screen(app):
 
 def test_a_walk_that_was_asked_for_before_is_found_again(app, monkeypatch):
     sample(app, seed=77)
-    monkeypatch.setattr(ask.Walk, "states", lambda self: pytest.fail("walked again"))
+    monkeypatch.setattr(ask.SampleRequest, "states", lambda self: pytest.fail("walked again"))
     assert app.trajectory.exported("csv", *(GOOD | dict(seed=77)).values())[0]
     assert sum(t.xs.numel() * 8 for t in ask.WALKS.values()) <= ask.MOST["walks"]
 
@@ -461,7 +460,7 @@ still = lambda *a, **k: None
 
 
 def test_every_solver_offered_samples(app):
-    names = dict.fromkeys(ask.possible(ask.opened("moons-run")))
+    names = dict.fromkeys(ask.solver_names(ask.open_run("moons-run")))
     assert (
         len(names) == len(ask.SOLVERS) - 1 + 1
     )  # flow-map needs a network of two times; moons-solver fits
@@ -474,7 +473,7 @@ def test_every_solver_offered_samples(app):
             grid="native",
             count=2,
         )[-1][6]
-        calls = ask.entry(name).calls
+        calls = ask.find_entry(name).nfe
         assert "not finite" not in numbers and (
             not calls or figure(numbers, "NFE counted") == str(calls(3))
         ), name
@@ -523,7 +522,7 @@ def named(app, updates):
 
 
 def test_a_learned_solver_is_offered_for_its_network_only(app, lab):
-    assert ask.learned() == ["moons-solver"]
+    assert ask.learned_solvers() == ["moons-solver"]
     offers = {
         run: [name for _, name in named(app, app.fitted(run))["solver"]["choices"]]
         for run in ("moons-run", "moons-solver", "digits-run")
@@ -539,10 +538,10 @@ def test_a_learned_solver_is_offered_for_its_network_only(app, lab):
         == "moons-solver was fitted for the network of moons-run, not for the one of digits-run"
     )
     unfitted = Path(lab["CUDLAB_RUNS_PATH"]) / "unfitted"
-    run_module.create(
+    training.create_run(
         Config(method="dode", data="moons", args=dict(teacher="moons-run")), "unfitted"
     )
-    assert "unfitted" not in ask.learned() and "not offered" in complains(
+    assert "unfitted" not in ask.learned_solvers() and "not offered" in complains(
         lambda: sample(app, run="moons-run", solver="unfitted")
     )
     shutil.rmtree(unfitted)
@@ -599,7 +598,7 @@ def test_a_one_step_student_locks_the_controls_and_refuses_the_rest(app):
     back = named(app, app.fitted("moons-run", "euler", 1))
     assert (
         back["amount"]["interactive"]
-        and back["amount"]["value"] == ask.opened("moons-run").own["steps"]
+        and back["amount"]["value"] == ask.open_run("moons-run").sampling_defaults["steps"]
     )
     how = dict(run="moons-short", solver="euler", amount=1)
     page = sample(app, **how)[-1]
@@ -648,7 +647,7 @@ def test_missing_points_are_measured_one_by_one_and_kept(app):
     ] == [2]
     assert (
         len(measure(app, ["digits-run"], ["euler"], "1,2")) == 1
-        and len(ask.opened("digits-run").scores) == 2
+        and len(ask.open_run("digits-run").scores) == 2
     )
     chart, caption, table = measure(app, ["digits-run"], ["euler", "ab2"], "2")[-1]
     assert lines_of(chart) == ["digits-run · euler", "digits-run · ab2"]
@@ -661,7 +660,7 @@ def test_missing_points_are_measured_one_by_one_and_kept(app):
 
 def test_scores_of_another_protocol_are_counted_and_not_drawn(app):
     measure(app, ["digits-run"], ["euler"], "1, 2")
-    run = ask.opened("digits-run")
+    run = ask.open_run("digits-run")
     mine = [s for s in run.scores if s["solver"] == "euler"]
     run.add_score(mine[0] | dict(n=32, note="a <b>warning</b>"))
     chart, caption, table = app.tradeoff.scores(["digits-run"], ["euler"])
@@ -674,14 +673,14 @@ def test_scores_of_another_protocol_are_counted_and_not_drawn(app):
 
 
 def test_learned_solvers_students_and_teachers_share_an_axis(app):
-    names, solvers = app.tradeoff.beside(ask.opened("moons-short"))
+    names, solvers = app.tradeoff.beside(ask.open_run("moons-short"))
     assert names == ["moons-short", "moons-run"] and {
         "euler",
         "ab2",
         "dpmpp-2m",
         "unipc2-bh2",
     } <= set(solvers)
-    assert app.tradeoff.beside(ask.opened("moons-solver"))[1][0] == "moons-solver"
+    assert app.tradeoff.beside(ask.open_run("moons-solver"))[1][0] == "moons-solver"
     chart, _, _ = measure(
         app, ["moons-short", "moons-run", "moons-solver"], ["euler", "moons-solver"], "1, 3"
     )[-1]
@@ -798,7 +797,7 @@ def test_columns_share_their_noise(app):
     assert [c["letter"] for c in columns] == ["A", "B"] and head["w"] == head["h"] == 17
     run = run_module.Run.open("digits-run")
     x = run.solve(seed=5, index=4, steps=4, solver="ab2", weights="raw").x
-    assert np.array_equal(opened(columns[1]["src"])[9:, 9:, 0], pixels(x)[3, ..., 0])
+    assert np.array_equal(opened(columns[1]["src"])[9:, 9:, 0], to_pixels(x)[3, ..., 0])
     a, b = run.solve(seed=5, index=4, steps=2).x, x
     assert f"{float((b - a).flatten(1).square().mean(1).sqrt().mean()):.4f}" in table
     goal = run.solve(seed=5, index=4, solver="heun", steps=64).x
@@ -996,10 +995,10 @@ def test_a_run_tells_everything(app):
         and log.count("<tr>") == 5
     )
     words = command.split()
-    assert words[:4] == ["python", "-m", "cudlab.run", "train"]
+    assert words[:4] == ["python", "-m", "cudlab.cli", "train"]
     assert (
-        run_module.parameters(run_module.from_words(words[4:]))[0]
-        == ask.opened("digits-run").config
+        training.parse_parameters(cli.parse_words(words[4:]))[0]
+        == ask.open_run("digits-run").config
     )
     for run in (None, "nope", 3, "damaged-run"):
         complains(lambda run=run: app.browser.about(run))
@@ -1027,8 +1026,8 @@ def test_a_run_that_holds_a_solver_tells_what_was_learned(app):
         "euler",
     } and "args.teacher=moons-run" in command
     assert (
-        replace(run_module.parameters(run_module.from_words(command.split()[4:]))[0], log_every=1)
-        == ask.opened("moons-solver").config
+        replace(training.parse_parameters(cli.parse_words(command.split()[4:]))[0], log_every=1)
+        == ask.open_run("moons-solver").config
     )
 
 
@@ -1039,7 +1038,7 @@ def test_the_newest_average_of_a_job_is_measured(app):
         and "12 scores of the average of step 4" in pages[-1][1]
         and len(list(app.live.scored("moons-jumps", progress=still))) == 1
     )
-    assert {s["solver"] for s in ask.opened("moons-jumps").scores} == {"flow-map", "euler", "ab2"}
+    assert {s["solver"] for s in ask.open_run("moons-jumps").scores} == {"flow-map", "euler", "ab2"}
     for bad in ("nope", None, 3, "damaged-run", "../moons-jumps"):
         complains(lambda bad=bad: list(app.live.scored(bad, progress=still)))
 
@@ -1224,7 +1223,7 @@ def test_an_unforeseen_failure_is_a_sentence_too(app, monkeypatch, caplog):
     def broken(*a, **k):
         raise KeyError("secret detail")
 
-    monkeypatch.setattr(ask, "opened", broken)
+    monkeypatch.setattr(ask, "open_run", broken)
     with pytest.raises(gr.Error) as caught:
         sample(app)
     assert (
@@ -1235,7 +1234,7 @@ def test_an_unforeseen_failure_is_a_sentence_too(app, monkeypatch, caplog):
 
 
 def test_damaged_runs_are_not_offered(app):
-    assert {i for _, i in ask.menu()} == {
+    assert {i for _, i in ask.run_choices()} == {
         "digits-run",
         "moons-run",
         "moons-solver",
@@ -1243,9 +1242,9 @@ def test_damaged_runs_are_not_offered(app):
         "moons-jumps",
     }
     assert (
-        ask.preferred() == "digits-run"
-        and ask.preferred("moons-run") == "moons-run"
-        and ask.preferred("damaged-run") == "digits-run"
+        ask.default_run() == "digits-run"
+        and ask.default_run("moons-run") == "moons-run"
+        and ask.default_run("damaged-run") == "digits-run"
     )
 
 
@@ -1262,7 +1261,7 @@ def test_a_link_out_of_the_runs_is_refused(app, lab, tmp_path):
     shutil.copytree(runs / "moons-run", tmp_path / "outside")
     (runs / "linked").symlink_to(tmp_path / "outside")
     try:
-        assert "linked" not in [i for _, i in ask.menu()]
+        assert "linked" not in [i for _, i in ask.run_choices()]
         complains(lambda: sample(app, run="linked"))
     finally:
         (runs / "linked").unlink()
@@ -1273,13 +1272,13 @@ def test_open_runs_are_few_and_follow_their_manifest(app, lab):
     copies = [source.parent / f"copy{k}" for k in range(6)]
     for copy in copies:
         shutil.copytree(source, copy)
-        ask.opened(copy.name)
+        ask.open_run(copy.name)
     assert len(ask.OPENED) == 4
-    first = ask.opened("copy5")
-    assert ask.opened("copy5") is first
+    first = ask.open_run("copy5")
+    assert ask.open_run("copy5") is first
     later = time.time() + 5
     os.utime(copies[5] / "MANIFEST.json", (later, later))
-    assert ask.opened("copy5") is not first
+    assert ask.open_run("copy5") is not first
     for copy in copies:
         shutil.rmtree(copy)
 
@@ -1327,7 +1326,7 @@ def slow(app, monkeypatch):
     """The page served by this process, with walks that take a twentieth of a second a step and are
     counted.
     """
-    seen, states = [], ask.Walk.states
+    seen, states = [], ask.SampleRequest.states
 
     def counted(self):
         for state in states(self):
@@ -1335,7 +1334,7 @@ def slow(app, monkeypatch):
             time.sleep(0.05)
             yield state
 
-    monkeypatch.setattr(ask.Walk, "states", counted)
+    monkeypatch.setattr(ask.SampleRequest, "states", counted)
     page = app.build()
     _, address, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True)
     yield address, seen
@@ -1387,14 +1386,14 @@ def test_a_full_queue_answers_at_once(slow, monkeypatch):
     from gradio_client import Client
 
     address, seen = slow
-    states, go_on = ask.Walk.states, threading.Event()
+    states, go_on = ask.SampleRequest.states, threading.Event()
 
     def stuck(self):
         seen.append((self.ask.seed, 0))
         go_on.wait(300)
         yield from states(self)
 
-    monkeypatch.setattr(ask.Walk, "states", stuck)
+    monkeypatch.setattr(ask.SampleRequest, "states", stuck)
     client = Client(address, verbose=False, analytics_enabled=False)
     asked = lambda k: client.submit(*(GOOD | dict(seed=100 + k)).values(), api_name="/sample")
     jobs = [asked(0)]

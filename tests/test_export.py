@@ -14,7 +14,6 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "cudlab").glob("*.py") if not p.name.startswith("_"))
 JOBS = ["train.ipynb", "evaluate.ipynb"]

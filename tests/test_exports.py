@@ -19,13 +19,16 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-from cudlab import export as lab
-from cudlab.core import Config, complaint, noise
-from cudlab.export import edm_denoiser, export, fitted, followed, main, recipe
+from cudlab import export
+from cudlab.cli import export_main
+from cudlab.config import Config, error_of
+from cudlab.export import apply_recipe, export_run, sampling_recipe
+from cudlab.imports import edm_denoiser, load_foreign_weights
 from cudlab.net import NETS
 from cudlab.path import from_denoiser
-from cudlab.run import Run, create, train
-
+from cudlab.rng import draw_noise
+from cudlab.run import Run
+from cudlab.training import create_run, train
 
 for package in ("onnx", "onnxruntime", "onnxscript", "diffusers", "huggingface_hub"):
     pytest.importorskip(package)
@@ -43,9 +46,9 @@ RUNS = {
 @pytest.fixture(scope="session")
 def moons(runs_path):
     "A run on points, trained here."
-    run = create(Config(method="rf", data="moons", steps=40, batch=64), "export-moons")
+    run = create_run(Config(method="rf", data="moons", steps=40, batch=64), "export-moons")
     list(train(run))
-    return Run(run.path)
+    return Run(run.dir)
 
 
 @pytest.fixture
@@ -66,15 +69,17 @@ def nothing(folder):
 )
 def test_a_recipe_is_the_run(name, opened):
     run = opened(name)
-    source, eps = run.source, noise(3, torch.arange(5), run.shape)
+    source, eps = run.network_run, draw_noise(3, torch.arange(5), run.shape)
     net = source.net(device="cpu")
     with torch.no_grad():
-        made = followed(recipe(run), lambda x, t, r: net(x, t, None, *[r] * (net.times == 2)), eps)
+        made = apply_recipe(
+            sampling_recipe(run), lambda x, t, r: net(x, t, None, *[r] * (net.times == 2)), eps
+        )
     assert (made - run.solve(seed=3, index=5, device="cpu").x).abs().max() < 1e-5
 
 
 def test_a_recipe_may_have_a_number_for_each_channel(moons, runs_path):
-    solver = create(
+    solver = create_run(
         Config(
             method="dode",
             data="moons",
@@ -90,11 +95,11 @@ def test_a_recipe_may_have_a_number_for_each_channel(moons, runs_path):
         "export-dode",
     )
     list(train(solver))
-    solver = Run(solver.path)
-    rows, net = recipe(solver), moons.net(device="cpu")
+    solver = Run(solver.dir)
+    rows, net = sampling_recipe(solver), moons.net(device="cpu")
     assert any(isinstance(w, list) for row in rows for w in row["weights"])
     with torch.no_grad():
-        made = followed(rows, lambda x, t, r: net(x, t), noise(0, torch.arange(5), (2,)))
+        made = apply_recipe(rows, lambda x, t, r: net(x, t), draw_noise(0, torch.arange(5), (2,)))
     assert (made - solver.solve(index=5, device="cpu").x).abs().max() < 1e-5
 
 
@@ -107,7 +112,7 @@ def test_onnx_is_sampled_by_numpy_alone(opened, tmp_path):
 
     for name, choices in RUNS.items():
         run = opened(name)
-        done = export(run, "onnx", tmp_path / name, **choices)
+        done = export_run(run, "onnx", tmp_path / name, **choices)
         assert done.difference < 2e-5 and sorted(p.name for p in done.folder.iterdir()) == [
             "card.json",
             "model.onnx",
@@ -123,7 +128,7 @@ def test_onnx_is_sampled_by_numpy_alone(opened, tmp_path):
             and card["weights"]["sha256"] == run.network_hash()
         )
         for size in (1, 5):  # another seed, another number of samples, no label
-            known = [noise(7, torch.arange(size), run.shape).numpy()]
+            known = [draw_noise(7, torch.arange(size), run.shape).numpy()]
             for row in card["recipe"]:
                 x = np.tensordot(np.array(row["weights"]), np.stack(known), 1).astype(np.float32)
                 if row["t"] is not None:
@@ -142,25 +147,25 @@ def test_onnx_is_sampled_by_numpy_alone(opened, tmp_path):
 @pytest.mark.parametrize("name", list(RUNS))
 def test_torch_program_draws_the_run(name, opened, tmp_path):
     run, out = opened(name), tmp_path / "out"
-    assert export(run, "torch-export", out, **RUNS[name]).difference < 2e-5
+    assert export_run(run, "torch-export", out, **RUNS[name]).difference < 2e-5
     card, net = (
         json.loads((out / "card.json").read_text()),
         torch.export.load(out / "model.pt2").module(),
     )
     for size in (1, 3):
         x, given = (
-            noise(5, torch.arange(size), run.shape),
+            draw_noise(5, torch.arange(size), run.shape),
             {"t": torch.full((size,), 0.7), "y": torch.arange(size), "r": torch.full((size,), 0.2)},
         )
         given = {"x": x} | {k: given[k] for k in card["inputs"][1:]}
-        true = run.source.net(device="cpu")
+        true = run.network_run.net(device="cpu")
         want = true.heads(**given)[RUNS[name].get("head", 1) - 1]
         assert torch.allclose(net(*given.values()), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_diffusers_pipeline_draws_the_run(name, opened, tmp_path):
-    done = export(opened(name), "diffusers-folder", tmp_path / "out", **RUNS[name])
+    done = export_run(opened(name), "diffusers-folder", tmp_path / "out", **RUNS[name])
     assert done.difference < 2e-5 and not list(done.folder.rglob("*.bin"))
 
 
@@ -169,7 +174,7 @@ def test_hub_folder_is_the_run_with_a_card(name, opened, tmp_path):
     from huggingface_hub import ModelCard
 
     run, out = opened(name), tmp_path / f"hub-{name}"
-    done = export(run, "hub-folder", out, license="mit", **RUNS[name])
+    done = export_run(run, "hub-folder", out, license="mit", **RUNS[name])
     card, twin = ModelCard.load(out / "README.md"), Run.open(str(out))
     assert (
         done.difference == 0 and card.data.library_name == "cudlab" and card.data.license == "mit"
@@ -181,7 +186,9 @@ def test_hub_folder_is_the_run_with_a_card(name, opened, tmp_path):
     )
     assert twin.verify() == 4 and twin.config == run.config and twin.scores == run.scores
     assert (
-        fitted(safetensors.torch.load_file(out / "model.safetensors"), fresh := run.fresh())
+        load_foreign_weights(
+            safetensors.torch.load_file(out / "model.safetensors"), fresh := run.new_network()
+        )
         == "lab"
     )
     assert all(
@@ -193,9 +200,11 @@ def test_hub_folder_is_the_run_with_a_card(name, opened, tmp_path):
 def test_the_whole_sampler_as_one_graph(tmp_path):
     import onnxruntime
 
-    done = export(Run.open("digits-rf"), "onnx", tmp_path / "a", "sampler", solver="ab2", steps=2)
+    done = export_run(
+        Run.open("digits-rf"), "onnx", tmp_path / "a", "sampler", solver="ab2", steps=2
+    )
     session = onnxruntime.InferenceSession(done.folder / "model.onnx")
-    x = noise(9, torch.arange(6), (1, 8, 8))
+    x = draw_noise(9, torch.arange(6), (1, 8, 8))
     made = session.run(None, {"x": x.numpy()})[0]
     assert (
         done.difference < 2e-5
@@ -209,7 +218,7 @@ def test_the_whole_sampler_as_one_graph(tmp_path):
     )
     run = Run.open("digits-cud-aim8-classes")
     done, y = (
-        export(run, "torch-export", tmp_path / "b", "sampler", steps=1, guidance=3.0),
+        export_run(run, "torch-export", tmp_path / "b", "sampler", steps=1, guidance=3.0),
         torch.tensor([1, 7, 7]),
     )
     made = torch.export.load(done.folder / "model.pt2").module()(x[:3], y)
@@ -220,13 +229,13 @@ def test_the_whole_sampler_as_one_graph(tmp_path):
 
 def test_a_learned_solver_takes_its_network_along(tmp_path):
     run = Run.open("digits-dode-euler5")
-    done = export(run, "torch-export", tmp_path / "a")
+    done = export_run(run, "torch-export", tmp_path / "a")
     assert (
         done.nfe == 5
         and json.loads((tmp_path / "a" / "card.json").read_text())["weights"]["run"] == "digits-rf"
     )
     assert (
-        "export that run" in complaint(export, run, "hub-folder", tmp_path / "b")
+        "export that run" in error_of(export_run, run, "hub-folder", tmp_path / "b")
         and not (tmp_path / "b").exists()
     )
 
@@ -257,8 +266,8 @@ else:
 @pytest.mark.slow
 def test_diffusers_pipeline_knows_the_solvers(tmp_path):
     run = Run.open("digits-cud-aim8-classes")
-    export(run, "diffusers-folder", tmp_path / "out")
-    np.save(tmp_path / "noise.npy", noise(2, torch.arange(4), run.shape).numpy())
+    export_run(run, "diffusers-folder", tmp_path / "out")
+    np.save(tmp_path / "noise.npy", draw_noise(2, torch.arange(4), run.shape).numpy())
     done = subprocess.run(
         [
             sys.executable,
@@ -295,23 +304,23 @@ def test_an_export_that_disagrees_is_not_kept(moons, monkeypatch, tmp_path):
         def write(run, graph, card, folder):
             with torch.no_grad():
                 change(graph.net.outs[0].bias)
-            lab.write_torch(run, graph, card, folder)
+            export.write_torch(run, graph, card, folder)
 
         return write
 
     for change in (lambda b: b.add_(1e-3), lambda b: b.fill_(math.nan)):
-        monkeypatch.setitem(lab.FORMATS, "torch-export", spoilt(change))
-        assert "draws other samples than the run" in complaint(
-            export, moons, "torch-export", tmp_path / "out"
+        monkeypatch.setitem(export.FORMATS, "torch-export", spoilt(change))
+        assert "draws other samples than the run" in error_of(
+            export_run, moons, "torch-export", tmp_path / "out"
         )
         assert nothing(tmp_path)
     monkeypatch.setitem(
-        lab.FORMATS,
+        export.FORMATS,
         "torch-export",
         lambda run, graph, card, folder: (folder / "sample.py").write_text("import cudlab"),
     )
-    assert "does not run without the lab" in complaint(
-        export, moons, "torch-export", tmp_path / "out"
+    assert "does not run without the lab" in error_of(
+        export_run, moons, "torch-export", tmp_path / "out"
     ) and nothing(tmp_path)
 
 
@@ -320,10 +329,10 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch, tmp_path):
         (folder / "model.onnx").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(lab.FORMATS, "onnx", stop)
-    assert main("export", ["digits-boot", "to=onnx", f"out={tmp_path / 'out'}"]) == 3 and nothing(
-        tmp_path
-    )
+    monkeypatch.setitem(export.FORMATS, "onnx", stop)
+    assert export_main(
+        "export", ["digits-boot", "to=onnx", f"out={tmp_path / 'out'}"]
+    ) == 3 and nothing(tmp_path)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -364,18 +373,20 @@ def test_targets_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("there", "file", "link"):
-        assert "exists; name a new folder" in complaint(export, run, "hub-folder", tmp_path / name)
+        assert "exists; name a new folder" in error_of(
+            export_run, run, "hub-folder", tmp_path / name
+        )
     assert (tmp_path / "file").read_text() == "mine"
     for out in (tmp_path / "file" / "out", Path("/proc/out")):
-        assert "cannot be written" in complaint(export, run, "hub-folder", out)
+        assert "cannot be written" in error_of(export_run, run, "hub-folder", out)
     monkeypatch.chdir(tmp_path)
     assert (
-        export(run, "hub-folder", Path("new", "out")).folder == tmp_path / "new" / "out"
+        export_run(run, "hub-folder", Path("new", "out")).folder == tmp_path / "new" / "out"
     )  # parents are made
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     if not os.access(closed, os.W_OK):  # root may write anywhere
-        assert "Permission denied" in complaint(export, run, "hub-folder", closed / "out")
+        assert "Permission denied" in error_of(export_run, run, "hub-folder", closed / "out")
 
 
 @pytest.mark.parametrize(
@@ -402,7 +413,7 @@ def test_targets_that_cannot_be_written(tmp_path, monkeypatch):
 def test_export_words(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert (
-        main(
+        export_main(
             "export",
             [*words, f"out={tmp_path / 'out'}"] if words != ["digits-rf", "--to"] else words,
         )
@@ -423,7 +434,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         importlib.util, "find_spec", lambda name: None if name == "onnxscript" else true(name)
     )
     assert (
-        complaint(export, Run.open("digits-boot"), "onnx", tmp_path / "out")
+        error_of(export_run, Run.open("digits-boot"), "onnx", tmp_path / "out")
         == "to = 'onnx' needs onnxscript: pip install onnxscript"
     )
 
@@ -442,7 +453,7 @@ def test_the_shell_exports(tmp_path):
         "digits-boot-hub-folder: hub-folder" in done.stdout
         and (tmp_path / "digits-boot-hub-folder" / "README.md").is_file()
     )
-    assert main("export", []) == 0 and main("import", ["--help"]) == 0
+    assert export_main("export", []) == 0 and export_main("import", ["--help"]) == 0
 
 
 # the way back
@@ -450,26 +461,26 @@ def test_the_shell_exports(tmp_path):
 
 def test_a_hub_folder_comes_back_as_a_run(tmp_path, runs_path, capsys):
     run = Run.open("digits-boot")
-    export(run, "hub-folder", tmp_path / "hub")
-    assert main("import", [str(tmp_path / "hub"), "as=back"]) == 0
+    export_run(run, "hub-folder", tmp_path / "hub")
+    assert export_main("import", [str(tmp_path / "hub"), "as=back"]) == 0
     back = Run.open("back")
     assert (
-        back.path == runs_path / "back"
+        back.dir == runs_path / "back"
         and back.scores == run.scores
         and torch.equal(back.solve(index=3, device="cpu").x, run.solve(index=3, device="cpu").x)
     )
     assert (
-        main("import", [str(tmp_path / "hub"), "as=back"]) == 2
+        export_main("import", [str(tmp_path / "hub"), "as=back"]) == 2
         and "exists" in capsys.readouterr().err
     )
     assert (
-        main("import", [str(tmp_path / "hub"), "as=../out"]) == 2
-        and main("import", [str(tmp_path / "hub"), "as=digits-rf"]) == 2
+        export_main("import", [str(tmp_path / "hub"), "as=../out"]) == 2
+        and export_main("import", [str(tmp_path / "hub"), "as=digits-rf"]) == 2
     )
     weights = tmp_path / "hub" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     assert (
-        main("import", [str(tmp_path / "hub"), "as=other"]) == 5
+        export_main("import", [str(tmp_path / "hub"), "as=other"]) == 5
         and not (runs_path / "other").exists()
     )
     assert not [p for p in runs_path.iterdir() if p.name.startswith(".import")]
@@ -620,8 +631,8 @@ def song(preset, shape, *plan):
 )
 def test_edm_network_maps_one_to_one(preset, shape, plan):
     theirs, tensors, net = song(preset, shape, *plan)
-    assert fitted(tensors, net) == "edm"
-    D, y = edm_denoiser(net), noise(0, torch.arange(3), shape)
+    assert load_foreign_weights(tensors, net) == "edm"
+    D, y = edm_denoiser(net), draw_noise(0, torch.arange(3), shape)
     for sigma in (0.002, 0.3, 5.0, 80.0):
         sigmas = torch.tensor([sigma, 1.7 * sigma, sigma])
         with torch.no_grad():
@@ -632,7 +643,7 @@ def test_edm_network_maps_one_to_one(preset, shape, plan):
                 from_denoiser(D)(y, sigmas / (1 + sigmas)), f, atol=2e-3 * f.abs().max()
             )
     tensors["model.map_layer0.weight"] = -tensors["model.map_layer0.weight"]
-    fitted(tensors, net)
+    load_foreign_weights(tensors, net)
     with torch.no_grad():
         assert (edm_denoiser(net)(y, sigmas) - theirs.denoise(y, sigmas)).abs().max() > 0.01
 
@@ -641,7 +652,7 @@ def test_edm_weights_begin_a_training(tmp_path, runs_path, capsys):
     _, tensors, net = song("digits", (1, 8, 8), 32, (1, 1, 1), 1, ())
     safetensors.torch.save_file(tensors, tmp_path / "edm.safetensors")
     words = ["data=digits", "steps=3", "batch=8"]
-    assert main("import", [str(tmp_path / "edm.safetensors"), "as=edm-start", *words]) == 0
+    assert export_main("import", [str(tmp_path / "edm.safetensors"), "as=edm-start", *words]) == 0
     said = capsys.readouterr().out
     run = Run.open("edm-start")
     assert (
@@ -650,21 +661,22 @@ def test_edm_weights_begin_a_training(tmp_path, runs_path, capsys):
         and "cudlab train name=edm-start method=rf data=digits steps=3 batch=8" in said
         and run.verify() == 4
     )
-    fitted(tensors, net)
+    load_foreign_weights(tensors, net)
     assert all(
         torch.equal(v, net.state_dict()[k]) for k, v in run.net(device="cpu").state_dict().items()
     )
     assert (
-        "done" in list(train(create(run.config, run.name)))[-1] and Run.open("edm-start").step == 3
+        "done" in list(train(create_run(run.config, run.name)))[-1]
+        and Run.open("edm-start").step == 3
     )
     assert (
-        main(
+        export_main(
             "import", [str(tmp_path / "edm.safetensors"), "as=edm-jumps", "method=shortcut", *words]
         )
         == 0
         and Run.open("edm-jumps").step == 0
     )  # a network of two times
-    assert main("import", [str(tmp_path / "edm.safetensors"), "as=edm-start", *words]) == 2
+    assert export_main("import", [str(tmp_path / "edm.safetensors"), "as=edm-start", *words]) == 2
     assert not list(runs_path.glob("*.part"))
 
 
@@ -714,11 +726,14 @@ def test_files_that_do_not_fit(tmp_path, runs_path, capsys):
             {k: v.contiguous() for k, v in content.items()}, tmp_path / f"{name}.safetensors"
         )
         assert (
-            main("import", [str(tmp_path / f"{name}.safetensors"), "as=wrong", "data=digits"]) == 2
+            export_main(
+                "import", [str(tmp_path / f"{name}.safetensors"), "as=wrong", "data=digits"]
+            )
+            == 2
         )
         shown = capsys.readouterr().err
         assert said in shown and shown.count("\n") == 1, shown
-        assert said in complaint(fitted, content, net)
+        assert said in error_of(load_foreign_weights, content, net)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     torch.save(tensors, tmp_path / "net.pkl")
     (tmp_path / "empty.safetensors").write_bytes(b"")
@@ -728,7 +743,7 @@ def test_files_that_do_not_fit(tmp_path, runs_path, capsys):
         ("none.safetensors", "there is no file"),
     ):
         assert (
-            main("import", [str(tmp_path / name), "as=wrong", "data=digits"]) == 2
+            export_main("import", [str(tmp_path / name), "as=wrong", "data=digits"]) == 2
             and said in capsys.readouterr().err
         )
     file = str(tmp_path / "lacks.safetensors")
@@ -740,7 +755,7 @@ def test_files_that_do_not_fit(tmp_path, runs_path, capsys):
         ([str(ROOT / "checkpoints" / "digits-rf"), "as=wrong", "data=digits"], "as=NAME alone"),
         ([file, "as=wrong", "data=digits", "method=dode"], "trains no network"),
     ):
-        assert main("import", words) in (2, 5) and said in capsys.readouterr().err, words
+        assert export_main("import", words) in (2, 5) and said in capsys.readouterr().err, words
     assert not (runs_path / "wrong").exists() and not list(runs_path.glob("*.part"))
 
 
@@ -748,4 +763,7 @@ def test_files_that_do_not_fit(tmp_path, runs_path, capsys):
 def test_edm_cifar_network_has_a_place():
     "The published size: 55.7 M numbers, every one of them placed."
     _, tensors, net = song("cifar10", (3, 32, 32), 128, (2, 2, 2), 4, (16,))
-    assert fitted(tensors, net) == "edm" and 55e6 < sum(p.numel() for p in net.parameters()) < 57e6
+    assert (
+        load_foreign_weights(tensors, net) == "edm"
+        and 55e6 < sum(p.numel() for p in net.parameters()) < 57e6
+    )

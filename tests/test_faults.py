@@ -24,31 +24,23 @@ import pytest
 import safetensors.torch
 import torch
 
-import cudlab.run as runs_module
-from cudlab.core import Config, Damaged
-from cudlab.run import (
-    CODES,
-    Run,
-    Stopped,
-    commit,
-    contents,
-    create,
-    digest,
-    exit_code,
-    go_back,
-    jsonl,
-    kept,
-    known,
-    locked,
-    look,
-    main,
-    pack_state,
-    runs,
-    sealed,
-    train,
-    unpack_state,
+from cudlab import training
+from cudlab.catalog import get_run_info, list_runs, run_info
+from cudlab.checkpoint import (
+    checkpoint_steps,
+    commit_files,
+    hash_bytes,
+    load_optimizer,
+    parse_jsonl,
+    read_manifest,
+    run_lock,
+    save_optimizer,
+    seal_manifest,
 )
-
+from cudlab.cli import run_main
+from cudlab.config import Config, CorruptData
+from cudlab.run import Run
+from cudlab.training import EXIT_CODES, TrainingStopped, create_run, get_exit_code, restore, train
 
 TINY = dict(method="rf", data="moons", batch=8, log_every=1, save_every=1, warmup=1)
 WORDS = [f"{key}={value}" for key, value in TINY.items()]
@@ -72,8 +64,8 @@ def without(words: list[str], *keys: str) -> list[str]:
 
 
 def trained(name: str, until: int = 0, **changes) -> Run:
-    with contextlib.suppress(Stopped):
-        list(train(create(Config(**TINY | {"steps": 6} | changes), name), until=until))
+    with contextlib.suppress(TrainingStopped):
+        list(train(create_run(Config(**TINY | {"steps": 6} | changes), name), until=until))
     return Run.open(name)
 
 
@@ -104,7 +96,7 @@ def forked(*words) -> multiprocessing.Process:
 
     def work():
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            os._exit(main(["train", *words]))
+            os._exit(run_main(["train", *words]))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -140,7 +132,7 @@ def test_kills_at_any_moment_lose_one_interval_at_most(memory):
             lambda done=last: (
                 folder.is_dir()
                 and (folder / "MANIFEST.json").is_file()
-                and contents(folder)["step"] > done
+                and read_manifest(folder)["step"] > done
             ),
             process,
         )
@@ -156,14 +148,15 @@ def test_kills_at_any_moment_lose_one_interval_at_most(memory):
         assert (
             run.verify() == 5
             and run.step > last
-            and known("killed").status == "dead"
-            and not known("killed").damaged
+            and get_run_info("killed").status == "dead"
+            and not get_run_info("killed").damaged
         )
         assert run.solve(index=2, steps=1).x.isfinite().all() and (run.net("raw"), run.net("ema"))
-        logged = max(row["step"] for row in jsonl((folder / "metrics.jsonl").read_bytes()))
+        logged = max(row["step"] for row in parse_jsonl((folder / "metrics.jsonl").read_bytes()))
         assert 0 <= logged - run.step <= 1
         assert all(
-            Run(folder / "kept" / str(step)).verify() == (5 if step else 4) for step in kept(folder)
+            Run(folder / "kept" / str(step)).verify() == (5 if step else 4)
+            for step in checkpoint_steps(folder)
         )
         last = run.step
     print(f"{inside} of {count} kills fell into a save")
@@ -172,8 +165,8 @@ def test_kills_at_any_moment_lose_one_interval_at_most(memory):
     process.join(60)
     assert process.exitcode == 3 and not leftovers(folder) and status(folder)["code"] == 3
     assert (
-        all(step >= last or step % 4 == 0 for step in kept(folder))
-        and len([s for s in kept(folder) if s % 4]) <= 2
+        all(step >= last or step % 4 == 0 for step in checkpoint_steps(folder))
+        and len([s for s in checkpoint_steps(folder) if s % 4]) <= 2
     )
     process = forked(
         *without(words, "name", "save_every", "keep_every"),
@@ -188,7 +181,7 @@ def test_kills_at_any_moment_lose_one_interval_at_most(memory):
 
 
 def test_what_a_killed_job_left_is_swept_up_and_named(lab):
-    folder = trained("swept", until=3).path
+    folder = trained("swept", until=3).dir
     for name in (".next", ".commit", "kept/.2"):
         (folder / name).mkdir()
     for name in (
@@ -200,7 +193,7 @@ def test_what_a_killed_job_left_is_swept_up_and_named(lab):
         "progress.json",
     ):
         (folder / name).write_bytes(b"half")
-    first = list(train(create(Config(**TINY | {"steps": 6}), "swept")))[0]
+    first = list(train(create_run(Config(**TINY | {"steps": 6}), "swept")))[0]
     assert all(
         name in first
         for name in (".next", ".commit", "kept/.2", ".tmpQ7x", ".progress", "progress.json")
@@ -210,22 +203,22 @@ def test_what_a_killed_job_left_is_swept_up_and_named(lab):
 
 def test_what_ships_is_not_continued_but_explained(lab, capsys):
     assert (
-        main(["continue", "digits-rf"]) == 2
+        run_main(["continue", "digits-rf"]) == 2
         and "nothing to continue; checkpoints/README.md" in capsys.readouterr().err
         and not (lab / "digits-rf").exists()
     )
 
 
 def test_a_second_job_changes_nothing(lab, capsys):
-    folder = trained("shared", until=2).path
+    folder = trained("shared", until=2).dir
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    with locked(folder):
+    with run_lock(folder):
         assert (
-            main(["train", *WORDS, "steps=6", "name=shared"]) == 2
+            run_main(["train", *WORDS, "steps=6", "name=shared"]) == 2
             and "another process" in capsys.readouterr().err
         )
         with pytest.raises(ValueError, match="another process"):
-            go_back(folder)
+            restore(folder)
     assert before.items() <= {
         p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()
     }.items() | {(folder / ".lock", before[folder / ".lock"])}
@@ -237,20 +230,20 @@ def test_a_second_job_changes_nothing(lab, capsys):
 def test_a_code_follows_from_the_class_and_not_from_the_words():
     for words in ("data is damaged", "stopped", "", "another process"):
         assert (
-            exit_code(ValueError(words)) == 2
-            and exit_code(Damaged(words)) == 5
-            and exit_code(KeyError(words)) == 1
+            get_exit_code(ValueError(words)) == 2
+            and get_exit_code(CorruptData(words)) == 5
+            and get_exit_code(KeyError(words)) == 1
         )
     assert (
-        exit_code() == 0
-        and exit_code(FileNotFoundError(2, "x")) == exit_code(OSError("x")) == 5
-        and set(CODES.values()) == {2, 3, 4, 5}
+        get_exit_code() == 0
+        and get_exit_code(FileNotFoundError(2, "x")) == get_exit_code(OSError("x")) == 5
+        and set(EXIT_CODES.values()) == {2, 3, 4, 5}
     )
 
 
 def test_every_ending_is_written_in_one_form(lab, monkeypatch):
     keys = {"status", "code", "why", "step", "of", "pid"}
-    folder = trained("ends", until=2).path
+    folder = trained("ends", until=2).dir
     assert status(folder).keys() == keys and (
         status(folder)["status"],
         status(folder)["code"],
@@ -263,8 +256,8 @@ def test_every_ending_is_written_in_one_form(lab, monkeypatch):
     assert (status(folder)["status"], status(folder)["why"]) == (
         "stopped",
         "its caller went away",
-    ) and known("ends").status == "stopped"
-    monkeypatch.setattr(runs_module, "build", lambda *args: 1 / 0)
+    ) and get_run_info("ends").status == "stopped"
+    monkeypatch.setattr(training, "build_objective", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(train(Run(folder)))
     assert status(folder).keys() == keys and (
@@ -274,7 +267,7 @@ def test_every_ending_is_written_in_one_form(lab, monkeypatch):
     ) == ("failed", 1, 2)
     monkeypatch.undo()
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(lab))
-    assert main(["train", *WORDS, "steps=6", "name=ends"]) == 0
+    assert run_main(["train", *WORDS, "steps=6", "name=ends"]) == 0
     assert status(folder) == {
         "status": "done",
         "code": 0,
@@ -309,7 +302,7 @@ def mounted(*words, on: Path):
 def refused(capsys, *words) -> str:
     "Run `cudlab` on it: code 5 and one sentence."
     capsys.readouterr()
-    assert main(list(words)) == 5
+    assert run_main(list(words)) == 5
     said = capsys.readouterr().err
     assert (
         said.startswith("error: ")
@@ -324,7 +317,7 @@ def refused(capsys, *words) -> str:
 def test_a_full_disk_costs_no_checkpoint(lab, capsys, monkeypatch, seen):
     lab.mkdir()
     with mounted("-t", "tmpfs", "-o", "size=16m", "none", on=lab):
-        run = create(Config(**TINY | {"steps": 60}), "full")
+        run = create_run(Config(**TINY | {"steps": 60}), "full")
         job = train(run)
         for line in job:
             if line.startswith("step      4/"):
@@ -337,7 +330,7 @@ def test_a_full_disk_costs_no_checkpoint(lab, capsys, monkeypatch, seen):
                 shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**40})
             )
         why = str(failure(job))
-        folder = run.path
+        folder = run.dir
         assert (
             ("bytes and the disk of" in why) if seen else ("No space left" in why)
         ) and f"its checkpoint of step {Run(folder).step} is whole" in why
@@ -347,60 +340,59 @@ def test_a_full_disk_costs_no_checkpoint(lab, capsys, monkeypatch, seen):
             and not leftovers(folder)
             and (status(folder)["status"], status(folder)["code"]) == ("failed", 5)
         )
-        assert all(Run(folder / "kept" / str(step)).verify() for step in kept(folder))
+        assert all(Run(folder / "kept" / str(step)).verify() for step in checkpoint_steps(folder))
         refused(capsys, "train", *WORDS, "steps=60", "name=full")
         assert Run(folder).verify() == 5 and not leftovers(folder)
         refused(capsys, "train", *WORDS, "steps=61", "name=other")
         assert not (lab / "other").exists()
         (lab / "filler").unlink()
         assert (
-            main(["train", *WORDS, "steps=60", "name=full", f"until={Run(folder).step + 2}"]) == 3
+            run_main(["train", *WORDS, "steps=60", "name=full", f"until={Run(folder).step + 2}"])
+            == 3
         )
 
 
 def test_a_disk_that_turns_read_only_costs_no_checkpoint(lab, capsys):
-    run = create(Config(**TINY | {"steps": 60}), "still")
+    run = create_run(Config(**TINY | {"steps": 60}), "still")
     job = train(run)
     next(line for line in job if line.startswith("step      4/"))
-    with mounted("--bind", str(run.path), on=run.path):
+    with mounted("--bind", str(run.dir), on=run.dir):
         if subprocess.run(
-            ["mount", "-o", "remount,ro,bind", str(run.path)], capture_output=True
+            ["mount", "-o", "remount,ro,bind", str(run.dir)], capture_output=True
         ).returncode:
             pytest.skip("a read-only mount is refused here")
         error = failure(job)
         assert (
-            exit_code(error) == 5
+            get_exit_code(error) == 5
             and "Read-only" in str(error)
             and "is whole" in str(error)
-            and Run(run.path).verify() == 5
+            and Run(run.dir).verify() == 5
         )
         refused(capsys, "train", *WORDS, "steps=60", "name=still")
-    assert not leftovers(run.path) or leftovers(run.path) == [
+    assert not leftovers(run.dir) or leftovers(run.dir) == [
         "progress.json"
     ]  # which could not be removed
-    assert main(["train", *WORDS, "steps=60", "name=still", "until=8"]) == 3
+    assert run_main(["train", *WORDS, "steps=60", "name=still", "until=8"]) == 3
 
 
 def test_a_folder_that_goes_away_stays_away(lab):
-    run = create(Config(**TINY | {"steps": 60}), "gone")
+    run = create_run(Config(**TINY | {"steps": 60}), "gone")
     job = train(run)
     next(line for line in job if line.startswith("step      4/"))
-    shutil.rmtree(run.path)
+    shutil.rmtree(run.dir)
     error = failure(job)
     assert (
-        exit_code(error) == 5
+        get_exit_code(error) == 5
         and "is whole" not in str(error)
-        and not run.path.exists()
-        and not [r for r in runs() if not r.shipped]
+        and not run.dir.exists()
+        and not [r for r in list_runs() if not r.shipped]
     )
 
 
 def test_a_disk_that_lies_is_caught_before_anything_old_goes(lab, monkeypatch):
     run = trained("lied", until=3)
     before = {
-        p.name: p.read_bytes()
-        for p in run.path.iterdir()
-        if p.is_file() and p.name != "status.json"
+        p.name: p.read_bytes() for p in run.dir.iterdir() if p.is_file() and p.name != "status.json"
     }
     honest = os.fsync
 
@@ -411,14 +403,16 @@ def test_a_disk_that_lies_is_caught_before_anything_old_goes(lab, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     error = failure(train(run))
-    assert exit_code(error) == 5 and "cannot be trusted" in str(error) and not leftovers(run.path)
+    assert (
+        get_exit_code(error) == 5 and "cannot be trusted" in str(error) and not leftovers(run.dir)
+    )
     assert (
         all(
-            (run.path / name).read_bytes() == data
+            (run.dir / name).read_bytes() == data
             for name, data in before.items()
             if name != "metrics.jsonl"
         )
-        and Run(run.path).verify() == 5
+        and Run(run.dir).verify() == 5
     )
 
 
@@ -441,7 +435,7 @@ def test_data_that_is_gone_or_changed_ends_with_code_5(lab, tmp_path, capsys, mo
         "name=pictures",
     ]
     pictures(tmp_path / "mine", 0)
-    assert main([*words, "until=2"]) == 3
+    assert run_main([*words, "until=2"]) == 3
     pictures(tmp_path / "mine", 50)
     assert "is not the data that run 'pictures' was started on" in refused(capsys, *words)
     (tmp_path / "mine" / "0.png").write_bytes(b"<html>")
@@ -453,7 +447,7 @@ def test_data_that_is_gone_or_changed_ends_with_code_5(lab, tmp_path, capsys, mo
         and status(lab / "pictures")["code"] == 5
     )
     pictures(tmp_path / "mine", 0)
-    assert main(words) == 0
+    assert run_main(words) == 0
 
 
 # More than one checkpoint
@@ -472,7 +466,7 @@ def test_data_that_is_gone_or_changed_ends_with_code_5(lab, tmp_path, capsys, mo
 )
 def test_the_last_and_every_mth_are_kept(lab, keep, keep_every, steps):
     run = trained("kept", steps=7, keep=keep, keep_every=keep_every)
-    assert kept(run.path) == steps
+    assert checkpoint_steps(run.dir) == steps
     for step in steps:
         old = Run.open(f"kept@{step}")
         assert (
@@ -482,20 +476,26 @@ def test_the_last_and_every_mth_are_kept(lab, keep, keep_every, steps):
             and len(old.metrics) == step
             and old.solve(index=2, steps=2).nfe == 2
         )
-    assert [r.name for r in runs() if not r.shipped] == ["kept"]
+    assert [r.name for r in list_runs() if not r.shipped] == ["kept"]
 
 
 def test_keep_every_is_kept_between_saves_too(lab):
-    assert kept(trained("between", save_every=1000, keep_every=2, keep=1).path) == [2, 4]
+    assert checkpoint_steps(trained("between", save_every=1000, keep_every=2, keep=1).dir) == [
+        2,
+        4,
+    ]
 
 
 def test_keeping_is_not_another_run_and_may_change_on_the_way(lab):
     run = trained("more", until=4, keep=4)
     assert (
-        kept(run.path) == [1, 2, 3]
-        and create(Config(**TINY | {"steps": 6, "keep": 1}), "more").config.keep == 1
+        checkpoint_steps(run.dir) == [1, 2, 3]
+        and create_run(Config(**TINY | {"steps": 6, "keep": 1}), "more").config.keep == 1
     )
-    assert kept(trained("more", until=5, keep=1).path) == [] and Run.open("more").config.keep == 1
+    assert (
+        checkpoint_steps(trained("more", until=5, keep=1).dir) == []
+        and Run.open("more").config.keep == 1
+    )
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -505,15 +505,15 @@ def test_a_kept_checkpoint_shares_what_is_not_written_again(lab, monkeypatch, li
             os, "link", lambda *args: (_ for _ in ()).throw(PermissionError(1, "no links here"))
         )
     run = trained("linked", until=3)
-    weights = {p: p.read_bytes() for p in (run.path / "kept" / "2").iterdir()}
+    weights = {p: p.read_bytes() for p in (run.dir / "kept" / "2").iterdir()}
     trained("linked", until=4, keep=5)
     assert (
         all(p.read_bytes() == data for p, data in weights.items())
         and Run.open("linked@2").verify() == 5
     )
-    assert (os.stat(run.path / "kept" / "3" / "ema.safetensors").st_nlink == 1) and (
-        run.path / "metrics.jsonl"
-    ).stat().st_ino != (run.path / "kept" / "3" / "metrics.jsonl").stat().st_ino
+    assert (os.stat(run.dir / "kept" / "3" / "ema.safetensors").st_nlink == 1) and (
+        run.dir / "metrics.jsonl"
+    ).stat().st_ino != (run.dir / "kept" / "3" / "metrics.jsonl").stat().st_ino
 
 
 @pytest.mark.parametrize(
@@ -524,33 +524,33 @@ def test_a_kept_checkpoint_shares_what_is_not_written_again(lab, monkeypatch, li
 def test_from_a_damaged_newest_checkpoint_a_kept_one_leads_to_the_same_end(lab, capsys, file, harm):
     words = ["train", *WORDS, "steps=6", "name=back", "keep=3"]
     whole = trained("straight")
-    assert main([*words, "until=4"]) == 3
+    assert run_main([*words, "until=4"]) == 3
     path = lab / "back" / file
     if harm == "gone":
         path.unlink()
     else:
         path.write_bytes(bytes([path.read_bytes()[0] ^ 4]) + path.read_bytes()[1:])
     (lab / "back" / "kept" / "3" / "ema.safetensors").write_bytes(b"")
-    assert known("back").damaged or file not in ("config.json", "MANIFEST.json")
+    assert get_run_info("back").damaged or file not in ("config.json", "MANIFEST.json")
     said = refused(capsys, *words)
     assert "its checkpoint of step 2 is whole, go back to it with: cudlab restore back" in said
     assert "keeps no whole checkpoint of step 3" in refused(capsys, "restore", "back", "3")
     assert (
-        main(["restore", "back"]) == 0
+        run_main(["restore", "back"]) == 0
         and Run.open("back").step == 2
         and Run.open("back").verify() == 5
-        and known("back").status == "stopped"
+        and get_run_info("back").status == "stopped"
     )
-    assert main(words) == 0
+    assert run_main(words) == 0
     for name in ("net.safetensors", "ema.safetensors", "train_state.safetensors", "metrics.jsonl"):
-        assert (lab / "back" / name).read_bytes() == (whole.path / name).read_bytes(), name
+        assert (lab / "back" / name).read_bytes() == (whole.dir / name).read_bytes(), name
 
 
 def test_going_back_loses_nothing_and_wrong_steps_are_refused(lab, capsys):
     trained("rewound", keep=3)
     assert (
-        main(["restore", "rewound", "5"]) == 0
-        and kept(lab / "rewound") == [4, 5, 6]
+        run_main(["restore", "rewound", "5"]) == 0
+        and checkpoint_steps(lab / "rewound") == [4, 5, 6]
         and Run.open("rewound@6").step == 6
     )
     for words, code in (
@@ -559,19 +559,21 @@ def test_going_back_loses_nothing_and_wrong_steps_are_refused(lab, capsys):
         (["rewonud"], 2),
         (["digits-rf"], 2),
     ):
-        assert main(["restore", *words]) == code and capsys.readouterr().err.startswith("error: ")
+        assert run_main(["restore", *words]) == code and capsys.readouterr().err.startswith(
+            "error: "
+        )
     for name in ("rewound@3", "rewound@", "rewound@../kept/4", "@4", "nobody@4"):
         with pytest.raises(ValueError, match="keeps no step|unknown run"):
             Run.open(name)
 
 
 def test_odd_things_in_kept_do_no_harm(lab):
-    folder = trained("odd").path
+    folder = trained("odd").dir
     for name in ("notes.txt", "007", "٣", "-1", "4 "):
         (folder / "kept" / name).mkdir()
     (folder / "kept" / "3").write_text("a file")
     (folder / "kept" / "8").symlink_to("/")
-    assert kept(folder) == [5] and not known("odd").damaged
+    assert checkpoint_steps(folder) == [5] and not get_run_info("odd").damaged
 
 
 # Changed bytes
@@ -614,11 +616,11 @@ def mutate(rng: random.Random, folder: Path, files: dict) -> dict:
 @pytest.mark.parametrize("kind, count", [("solver", 9000), ("network", 1000)])
 def test_every_change_of_a_byte_is_found(lab, kind, count):
     if kind == "network":
-        folder = trained("mutated", until=3).path
+        folder = trained("mutated", until=3).dir
     else:
         list(
             train(
-                create(
+                create_run(
                     Config(
                         method="dode",
                         args=dict(teacher="digits-rf", moves=2, samples=2, batches=2, scale=1),
@@ -629,17 +631,18 @@ def test_every_change_of_a_byte_is_found(lab, kind, count):
         )
         folder = lab / "mutated"
     files = {
-        name: (folder / name).read_bytes() for name in [*contents(folder)["files"], "MANIFEST.json"]
+        name: (folder / name).read_bytes()
+        for name in [*read_manifest(folder)["files"], "MANIFEST.json"]
     }
     assert len(files) == 6
     rng, opened, seen = random.Random(kind), 0, len(UNPICKLED)
     for i in range(count):
         was = mutate(rng, folder, files)
-        with pytest.raises(Damaged):  # anything else is a crash
+        with pytest.raises(CorruptData):  # anything else is a crash
             run = Run(folder)
             opened += 1
             run.verify()
-        look(folder, False)
+        run_info(folder, False)
         if i % 25 == 0 and kind == "network":
             with contextlib.suppress(ValueError):
                 Run(folder).net(("raw", "ema")[i % 2])
@@ -663,9 +666,9 @@ def forge(folder: Path, name: str, data) -> None:
     "Put a file into a run and make the manifest vouch for it."
     (folder / name).unlink(missing_ok=True)
     (folder / name).write_bytes(data)
-    manifest = contents(folder)
-    manifest["files"][name] = {"sha256": digest(data), "bytes": len(data)}
-    (folder / "MANIFEST.json").write_bytes(sealed(manifest))
+    manifest = read_manifest(folder)
+    manifest["files"][name] = {"sha256": hash_bytes(data), "bytes": len(data)}
+    (folder / "MANIFEST.json").write_bytes(seal_manifest(manifest))
 
 
 class Evil:
@@ -832,7 +835,7 @@ def good(tmp_path_factory):
     "A finished run to be forged, and its averaged weights."
     folder = tmp_path_factory.mktemp("good") / "run"
     os.environ["CUDLAB_RUNS_PATH"], before = str(folder.parent), os.environ.get("CUDLAB_RUNS_PATH")
-    list(train(create(Config(**TINY | {"steps": 2, "keep": 1}), "run")))
+    list(train(create_run(Config(**TINY | {"steps": 2, "keep": 1}), "run")))
     os.environ["CUDLAB_RUNS_PATH"] = before
     return folder, safetensors.torch.load((folder / "ema.safetensors").read_bytes())
 
@@ -865,7 +868,7 @@ def forged(folder: Path, weights: dict, trap: Path, part: str, case: str) -> Non
     elif part == "manifest":
         value = MANIFESTS[case]
         (folder / "MANIFEST.json").write_bytes(
-            value if isinstance(value, bytes) else sealed(contents(folder) | value)
+            value if isinstance(value, bytes) else seal_manifest(read_manifest(folder) | value)
         )
     else:
         file = folder / "ema.safetensors"
@@ -879,9 +882,9 @@ def forged(folder: Path, weights: dict, trap: Path, part: str, case: str) -> Non
         else:
             with open(file, "wb") as f:
                 f.truncate(10**12)
-            manifest = contents(folder)
+            manifest = read_manifest(folder)
             manifest["files"]["ema.safetensors"]["bytes"] = 10**12
-            (folder / "MANIFEST.json").write_bytes(sealed(manifest))
+            (folder / "MANIFEST.json").write_bytes(seal_manifest(manifest))
 
 
 @pytest.mark.parametrize(
@@ -906,16 +909,16 @@ def test_a_forged_run_is_refused_in_a_sentence(lab, tmp_path, good, part, case):
         forget()
         before = peak()
     began = time.monotonic()
-    with pytest.raises(Damaged) as caught:
+    with pytest.raises(CorruptData) as caught:
         Run(folder).net()
-    listed = [r for r in runs() if not r.shipped]
+    listed = [r for r in list_runs() if not r.shipped]
     assert time.monotonic() - began < 5
     assert not os.path.exists("/proc/self/clear_refs") or peak() - before < 300e6
     assert (
         str(caught.value).startswith("run 'forged'")
         and len(str(caught.value)) < 700
         and "\n" not in str(caught.value)
-        and exit_code(caught.value) == 5
+        and get_exit_code(caught.value) == 5
     )
     assert [r.name for r in listed] == ["forged"] and (
         part not in ("config", "manifest") or case in LATER or listed[0].damaged
@@ -941,7 +944,7 @@ def test_odd_files_beside_a_checkpoint_do_no_harm(lab, good, file, case):
     folder = Path(shutil.copytree(good[0], lab / "odd"))
     old = (folder / file).read_bytes() if file == "metrics.jsonl" else b""
     (folder / file).write_bytes(old + ODD[case])
-    assert known("odd").status == "done" and not known("odd").damaged
+    assert get_run_info("odd").status == "done" and not get_run_info("odd").damaged
     run = Run(folder)
     assert run.verify() == 5 and [type(run.scores), type(run.metrics)] == [list, list]
 
@@ -950,7 +953,7 @@ def test_a_forged_training_state_is_refused(lab):
     run = trained("state", until=3)
     tensor, whole = (
         torch.zeros(2),
-        unpack_state((run.path / "train_state.safetensors").read_bytes()),
+        load_optimizer((run.dir / "train_state.safetensors").read_bytes()),
     )
     lying = lambda stride: safetensors.torch.save(
         {"0": tensor},
@@ -963,9 +966,9 @@ def test_a_forged_training_state_is_refused(lab):
     bad = [
         b"",
         b"\x80\x04",
-        pack_state(whole | {"step": 5}),
-        pack_state({"step": 3}),
-        pack_state({}),
+        save_optimizer(whole | {"step": 5}),
+        save_optimizer({"step": 3}),
+        save_optimizer({}),
         safetensors.torch.save({"0": tensor}),
         safetensors.torch.save({}, {"state": "[" * 10**5}),
         lying([2**40]),
@@ -975,21 +978,21 @@ def test_a_forged_training_state_is_refused(lab):
         lying([0.5]),
     ]
     for data in bad:
-        forge(run.path, "train_state.safetensors", data)
-        error = failure(train(Run(run.path)))
-        assert isinstance(error, Damaged) and "cannot be continued" in str(error), data[:40]
-    forge(run.path, "train_state.safetensors", pack_state(whole))
-    list(train(Run(run.path)))
-    assert Run(run.path).step == 6
+        forge(run.dir, "train_state.safetensors", data)
+        error = failure(train(Run(run.dir)))
+        assert isinstance(error, CorruptData) and "cannot be continued" in str(error), data[:40]
+    forge(run.dir, "train_state.safetensors", save_optimizer(whole))
+    list(train(Run(run.dir)))
+    assert Run(run.dir).step == 6
 
 
 def test_nothing_in_a_run_is_a_pickle(lab):
     run = trained("plain")
-    for file in run.path.rglob("*"):
+    for file in run.dir.rglob("*"):
         assert (
             not file.is_file() or not zipfile.is_zipfile(file) and file.read_bytes()[:1] != b"\x80"
         )
-    assert {p.suffix for p in run.path.iterdir() if p.is_file() and p.name != ".lock"} == {
+    assert {p.suffix for p in run.dir.iterdir() if p.is_file() and p.name != ".lock"} == {
         ".json",
         ".jsonl",
         ".safetensors",
@@ -1040,13 +1043,13 @@ def test_training_works_in_odd_surroundings(tmp_path, folder, change):
 @pytest.mark.parametrize("moment", [0, -5, 2**33, 2**37 + 5])
 def test_a_clock_that_was_set_back_does_no_harm(lab, moment):
     run = trained("clock", until=3)
-    for file in run.path.rglob("*"):
+    for file in run.dir.rglob("*"):
         with contextlib.suppress(OSError):
             os.utime(file, (moment, moment))
     assert (
-        known("clock").status == "stopped"
-        and not known("clock").damaged
-        and Run(run.path).verify() == 5
+        get_run_info("clock").status == "stopped"
+        and not get_run_info("clock").damaged
+        and Run(run.dir).verify() == 5
     )
     assert trained("clock").step == 6
 
@@ -1061,5 +1064,5 @@ def test_commit_forces_folders_to_the_disk_too(tmp_path, monkeypatch):
             honest(handle),
         ),
     )
-    commit(tmp_path, {"a": b"1"}, {"step": 0}, {})
+    commit_files(tmp_path, {"a": b"1"}, {"step": 0}, {})
     assert forced == ["a", "MANIFEST.json", ".next", tmp_path.name, tmp_path.name]

@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 
 from cudlab import cli
-from cudlab.core import Config
-from cudlab.run import Run, Stopped, create, held, train
-
+from cudlab.checkpoint import is_locked
+from cudlab.config import Config
+from cudlab.run import Run
+from cudlab.training import TrainingStopped, create_run, train
 
 pytest.importorskip("papermill")
 ROOT = Path(__file__).parents[1]
@@ -294,7 +295,7 @@ def command(front: str, out: Path, **params) -> list:
         start = (
             ["-c", "import sys; from cudlab.cli import main; sys.exit(main())"]
             if front == "cudlab"
-            else ["-m", "cudlab.run"]
+            else ["-m", "cudlab.cli"]
         )
         return [sys.executable, *start, "train", *(f"{k}={v}" for k, v in params.items())]
     start = (
@@ -428,7 +429,7 @@ UNHEARD = {("papermill", "hang-up"), ("papermill", "SIGTERM"), ("papermill", "Ct
 def settled(folder: Path) -> Run:
     "The run, once nobody trains it; a kernel may outlive papermill for a moment."
     end = time.monotonic() + 30
-    while held(folder / ".lock"):
+    while is_locked(folder / ".lock"):
         assert time.monotonic() < end
         time.sleep(0.05)
     return Run(folder)
@@ -465,7 +466,7 @@ def test_every_stop_saves_the_step_it_is_at_and_the_same_command_goes_on(lab, tm
                 way == "hang-up" or front == "papermill" or f"step {run.step} of" in terminal.read()
             ), way
         last = run.step
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingStopped):
         list(train(run, until=last + 1))
 
 
@@ -514,7 +515,7 @@ def test_a_module_whose_reader_is_gone_leaves_a_whole_checkpoint(lab, tmp_path):
     process.wait(30)
     run = settled(lab / "leg")
     assert run.verify() >= 4
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingStopped):
         list(train(run, until=run.step + 1))
 
 
@@ -524,7 +525,7 @@ def test_a_module_whose_reader_is_gone_leaves_a_whole_checkpoint(lab, tmp_path):
 @pytest.fixture
 def little(lab):
     "A trained run of some seconds."
-    run = create(Config(method="rf", data="moons", steps=40, batch=64), "little")
+    run = create_run(Config(method="rf", data="moons", steps=40, batch=64), "little")
     list(train(run))
     return run
 
@@ -584,7 +585,7 @@ def test_a_kill_while_scores_are_written_breaks_no_line(lab, little):
         time.sleep(0.2 + start / 10**7)
         process.kill()
         process.wait()
-    *lines, tail = (little.path / "scores.jsonl").read_bytes().split(b"\n")
+    *lines, tail = (little.dir / "scores.jsonl").read_bytes().split(b"\n")
     seeds = [json.loads(line)["seed"] for line in lines]
     assert len(seeds) > 10 and seeds == sorted(set(seeds)) and len(little.scores) == len(seeds)
     assert little.add_score({"seed": -1}) and len(little.scores) == len(seeds) + 1
@@ -593,7 +594,7 @@ def test_a_kill_while_scores_are_written_breaks_no_line(lab, little):
 def test_a_torn_score_is_left_out_and_the_next_one_is_whole(lab, little):
     "Every length that a power cut may leave of the last line."
     file, first, torn = (
-        little.path / "scores.jsonl",
+        little.dir / "scores.jsonl",
         {"seed": 1, "fd": 2.5},
         {"seed": 2, "fd": 1e-3, "solver": "euler"},
     )
@@ -609,9 +610,9 @@ def test_a_torn_score_is_left_out_and_the_next_one_is_whole(lab, little):
     "error, code",
     [
         ("ValueError", 2),
-        ("Stopped", 3),
+        ("TrainingStopped", 3),
         ("Diverged", 4),
-        ("Damaged", 5),
+        ("CorruptData", 5),
         ("OSError", 5),
         ("FileNotFoundError", 5),
         ("PermissionError", 5),
@@ -631,11 +632,11 @@ def test_an_interrupt_that_came_through_exec_ends_with_the_code(tmp_path):
     """
     lines = [
         "import sys",
-        "from cudlab.run import farewell",
+        "from cudlab.training import exit_with",
         "try:",
         "    exec('raise KeyboardInterrupt')",
         "except KeyboardInterrupt as error:",
-        "    sys.exit(farewell(error))",
+        "    sys.exit(exit_with(error))",
     ]
     (tmp_path / "ended.py").write_text("\n".join(lines))
     path = os.pathsep.join((str(tmp_path), str(Path(cli.__file__).parents[1])))

@@ -3,16 +3,15 @@
 import pytest
 import torch
 
-from cudlab.core import Config
-from cudlab.run import build
-
+from cudlab.config import Config
+from cudlab.training import build_objective
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 CONFIG = Config(args={"heads": 2}, steps=12, batch=32, dtype="float32")
 
 
 def ticks(device, config=CONFIG, watch=False):
-    objective, data = build(config, device)
+    objective, data = build_objective(config, device)
     found = []
     for tick in objective.fit(data, config):
         found.append(tick)

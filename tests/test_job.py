@@ -9,7 +9,6 @@ import time
 import nbformat
 import pytest
 
-
 pytest.importorskip("papermill")
 
 

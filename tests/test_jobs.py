@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudlab.run import Run, held, read, unpack_state
-
+from cudlab.checkpoint import is_locked, load_optimizer, read_file
+from cudlab.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ def lab(tmp_path):
 
 
 def start(lab, *words):
-    command = [sys.executable, "-m", "cudlab.run", "train", *words]
+    command = [sys.executable, "-m", "cudlab.cli", "train", *words]
     return subprocess.Popen(
         command, cwd=ROOT, env=lab, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -52,7 +52,7 @@ def content(folder: Path) -> dict:
         n: hashlib.sha256((folder / n).read_bytes()).hexdigest()
         for n in ("net.safetensors", "ema.safetensors", "metrics.jsonl")
     }
-    state = unpack_state(read(folder, "train_state.safetensors"))["state"]
+    state = load_optimizer(read_file(folder, "train_state.safetensors"))["state"]
     for player, optim in state["optim"].items():
         for i, slots in optim["state"].items():
             for key, value in slots.items():
@@ -132,7 +132,7 @@ def test_a_signal_is_heard_while_the_pairs_are_made(lab, processes):
     assert (
         run.step == 0
         and run.verify()
-        and json.loads((run.path / "status.json").read_text())["status"] == "stopped"
+        and json.loads((run.dir / "status.json").read_text())["status"] == "stopped"
     )
 
 
@@ -206,12 +206,12 @@ BAD = [
 
 @pytest.mark.parametrize("word,names", BAD, ids=[w for w, _ in BAD])
 def test_bad_parameters_are_refused_in_a_sentence(lab, capsys, monkeypatch, word, names):
-    from cudlab.run import main
+    from cudlab.cli import run_main
 
     for key in ("CUDLAB_RUNS_PATH", "CUDLAB_DEVICE"):
         monkeypatch.setenv(key, lab[key])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["train", "steps=3", word]) == (5 if "/nowhere" in word else 2)
+    assert run_main(["train", "steps=3", word]) == (5 if "/nowhere" in word else 2)
     said = capsys.readouterr().err
     assert (
         said.startswith("error: ")
@@ -265,7 +265,7 @@ def test_papermill_makes_a_run(lab, tmp_path, method, args):
     assert run.step == 20 and run.config.method == method and len(run.metrics) == 4
     first = run.solve(seed=1, index=4).x
     assert torch.equal(first, Run.open(runs_path(lab) / "pm").solve(seed=1, index=4).x)
-    kept = json.loads((run.path / "train.ipynb").read_text())
+    kept = json.loads((run.dir / "train.ipynb").read_text())
     assert any(
         "step     20/20" in "".join(o.get("text", []))
         for c in kept["cells"]
@@ -298,7 +298,7 @@ def ended(sign, lab, out, *params):
         time.sleep(0.1)
     process.send_signal(sign)
     process.communicate(timeout=60)
-    while time.time() < deadline and held(folder / ".lock"):
+    while time.time() < deadline and is_locked(folder / ".lock"):
         time.sleep(0.1)
     return Run.open(folder), json.loads((folder / "status.json").read_text())["status"]
 

@@ -6,24 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudlab.core import Config, Rng, noise
+from cudlab.config import Config
 from cudlab.cud import CUD
 from cudlab.fit import fit
-from cudlab.net import network
+from cudlab.methods import METHODS
+from cudlab.multistep import SOLVERS, solve
+from cudlab.net import make_network
 from cudlab.path import (
     GRIDS,
     PATHS,
-    denoiser,
+    change_path,
     from_denoiser,
     from_noise_predictor,
-    grid,
     linear,
-    noise_predictor,
-    on_path,
+    make_grid,
+    to_denoiser,
+    to_noise_predictor,
 )
-from cudlab.run import METHODS, Noise, Run, build
-from cudlab.solver import SOLVERS, solve
-
+from cudlab.rng import Rng, draw_noise
+from cudlab.run import Run
+from cudlab.training import NoiseData, build_objective
 
 SHIPPED = sorted(
     p.parent for p in (Path(__file__).parents[1] / "checkpoints").glob("*/config.json")
@@ -50,7 +52,7 @@ def test_shipped_runs_are_whole_small_and_measured(folder):
     run = Run(folder)
     assert (
         run.verify() == (4 if "raw" in run.weights else 3)
-        and run.step == run.length
+        and run.step == run.num_steps
         and run.scores
         and run.metrics
     )
@@ -65,7 +67,7 @@ def test_shipped_runs_are_whole_small_and_measured(folder):
 )
 def test_a_sample_does_not_depend_on_its_company(folder, solver):
     run = Run(folder)
-    steps = run.fixed.get("steps", 2) if SOLVERS[solver].calls else 1
+    steps = run.sampling_fixed.get("steps", 2) if SOLVERS[solver].nfe else 1
     y = torch.arange(16) % 10 if run.config.classes else None
     company = run.solve(seed=3, index=16, steps=steps, solver=solver, y=y)
     alone = run.solve(
@@ -85,8 +87,8 @@ def test_a_sample_does_not_depend_on_its_company(folder, solver):
         torch.testing.assert_close(
             alone.x[0], company.x[5], rtol=0, atol=2e-2 if solver == "rk45" else 1e-4 * reach
         )
-    if SOLVERS[solver].calls:
-        assert company.nfe == SOLVERS[solver].calls(steps)
+    if SOLVERS[solver].nfe:
+        assert company.nfe == SOLVERS[solver].nfe(steps)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -114,9 +116,9 @@ def test_the_published_cifar10_network_trains_one_step():
 
     class Noise:
         def batch(self, seed, step, n):
-            return noise(seed, n, (3, 32, 32)).clamp(-1, 1), None
+            return draw_noise(seed, n, (3, 32, 32)).clamp(-1, 1), None
 
-    objective = CUD().bind(network("cifar10", (3, 32, 32), dropout=0.13, phi0=0.75), linear, 1)
+    objective = CUD().bind(make_network("cifar10", (3, 32, 32), dropout=0.13, phi0=0.75), linear, 1)
     before = [p.clone() for p in objective.net.parameters()]
     (tick,) = fit(objective, Noise(), config)
     assert tick.skipped == 0 and any(
@@ -125,7 +127,9 @@ def test_the_published_cifar10_network_trains_one_step():
 
 
 def test_players_that_share_a_loss_are_both_trained_and_nothing_else_moves():
-    objective, data = build(Config(args={"coupling": True}, steps=2, batch=8, warmup=1), "cpu")
+    objective, data = build_objective(
+        Config(args={"coupling": True}, steps=2, batch=8, warmup=1), "cpu"
+    )
     start = {name: [p.clone() for p in m.parameters()] for name, m in objective.players.items()}
     pixels = data.all(4)[0].clone()
     list(fit(objective, data, Config(args={"coupling": True}, steps=2, batch=8, warmup=1)))
@@ -135,7 +139,7 @@ def test_players_that_share_a_loss_are_both_trained_and_nothing_else_moves():
 
 
 @pytest.mark.parametrize(
-    "method", [m for m, made in METHODS.items() if made.product == "net" and m != "gdd"]
+    "method", [m for m, made in METHODS.items() if made.trains == "net" and m != "gdd"]
 )  # which needs pictures
 def test_every_network_method_learns_the_mean_of_one_picture(method):
     "On a data set of one point the velocity is (x - x0) / t and one Euler step lands on it."
@@ -153,15 +157,17 @@ def test_every_network_method_learns_the_mean_of_one_picture(method):
         **{"step": "euler", "intervals": 4, "grid": "uniform"} if method == "consistency" else {}
     )  # at t = 0 the field is 0/0
     exact = lambda y: lambda x, t: (x - point) / t[:, None].clamp_min(1e-4)  # the teacher's flow
-    data = One() if "data" in made.supervision else Noise("", "", (2,), [])
-    objective = made.bind(network("mlp", (2,), **made.needs()), linear, config.steps, exact)
+    data = One() if "data" in made.supervision else NoiseData("", "", (2,), [])
+    objective = made.bind(
+        make_network("mlp", (2,), **made.network_options()), linear, config.steps, exact
+    )
     list(objective.fit(data, config))
-    x = noise(0, 256, (2,))
+    x = draw_noise(0, 256, (2,))
     with torch.no_grad():
         landed = solve(
             objective.velocity(objective.ema["net"]),
             x,
-            grid("uniform", 1),
+            make_grid("uniform", 1),
             made.sampling()["solver"],
         ).x
     assert (landed - point).square().mean().sqrt() < 0.1
@@ -196,7 +202,7 @@ def test_the_shipped_learned_solver_is_for_the_shipped_network():
 FREE = [
     name
     for name, entry in SOLVERS.items()
-    if entry.finite and not name.startswith(("deis-tab", "pndm"))
+    if entry.needs_finite_logsnr and not name.startswith(("deis-tab", "pndm"))
 ]  # these two have a clock of their own path
 
 
@@ -207,14 +213,14 @@ def test_a_solver_in_eps_or_x0_makes_the_same_samples_on_every_path(solver):
     """
     f, x1, vp = (
         Run(next(p for p in SHIPPED if p.name == "digits-rf")).velocity(),
-        noise(0, 8, (1, 8, 8)),
+        draw_noise(0, 8, (1, 8, 8)),
         PATHS["vp"],
     )
-    ts = grid("logsnr", 5, linear).double()
-    ts_vp = grid("logsnr", 5, vp).double()
+    ts = make_grid("logsnr", 5, linear).double()
+    ts_vp = make_grid("logsnr", 5, vp).double()
     with torch.no_grad():
         here = solve(f, x1 * ts[0], ts, solver).x
-        there = solve(on_path(f, linear, vp), x1 * vp.sigma(ts_vp[0]), ts_vp, solver, vp).x
+        there = solve(change_path(f, linear, vp), x1 * vp.sigma(ts_vp[0]), ts_vp, solver, vp).x
     torch.testing.assert_close(here, there, rtol=0, atol=1e-3 * max(1, here.abs().max().item()))
 
 
@@ -225,16 +231,16 @@ def test_every_solver_runs_on_networks_that_predict_noise_or_data(solver):
     """
     f, x1 = (
         Run(next(p for p in SHIPPED if p.name == "digits-rf")).velocity(),
-        noise(0, 8, (1, 8, 8)),
+        draw_noise(0, 8, (1, 8, 8)),
     )
-    ts = grid("edm", 4, finite=True, denoise=False)
+    ts = make_grid("edm", 4, finite=True, denoise=False)
     with torch.no_grad():
         plain, *wrapped = (
             solve(g, x1 * ts[0], ts, solver).x
             for g in (
                 f,
-                from_denoiser(denoiser(f)),
-                from_noise_predictor(noise_predictor(f), t_max=1.0),
+                from_denoiser(to_denoiser(f)),
+                from_noise_predictor(to_noise_predictor(f), t_max=1.0),
             )
         )
     for other in wrapped:

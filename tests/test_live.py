@@ -11,19 +11,14 @@ from pathlib import Path
 
 import pytest
 
-
 gr = pytest.importorskip("gradio")
 pytest.importorskip("papermill")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "apps"))
 
 from views import live  # noqa: E402
 
-from cudlab.run import (
-    SEEN,  # noqa: E402
-    Run,  # noqa: E402
-    known,  # noqa: E402
-)
-
+from cudlab.catalog import _cache, get_run_info
+from cudlab.run import Run
 
 LONG = "method=rf data=moons steps=1000000 batch=16 save_every=50 log_every=20"
 
@@ -38,8 +33,8 @@ def lab(tmp_path, monkeypatch):
     yield tmp_path / "runs"
     for r in live.mine():
         if r.status == "running":
-            (r.path / "STOP").touch()
-    wait(lambda: not live.held(live.jobs() / "page.lock"))
+            (r.dir / "STOP").touch()
+    wait(lambda: not live.is_locked(live.jobs() / "page.lock"))
 
 
 def wait(met, seconds: float = 120):
@@ -102,7 +97,7 @@ def test_a_job_from_start_over_stop_to_the_end(lab):
     )
     before = json.dumps([live.state(name), [str(part) for part in live.chosen()[:-1]]])
     live.samples.cache_clear()
-    SEEN.clear()
+    _cache.clear()
     assert json.dumps([live.state(name), [str(part) for part in live.chosen()[:-1]]]) == before
     assert live.resume(name) == name
     reached(name, "done")
@@ -111,7 +106,7 @@ def test_a_job_from_start_over_stop_to_the_end(lab):
     assert (
         run.step == 4000
         and [row["step"] for row in run.metrics] == list(range(20, 4001, 20))
-        and (run.path / "train.ipynb").is_file()
+        and (run.dir / "train.ipynb").is_file()
     )
     assert "is done" in refusal(live.resume, name) and "trained already" in refusal(
         live.start, f"{LONG.replace('1000000', '4000')} name=first"
@@ -124,9 +119,9 @@ def test_a_killed_job_is_dead_and_can_go_on(lab):
     at = wait(lambda: (at := live.state(name))["status"] == "running" and at["saved"] >= 50 and at)
     os.kill(at["pid"], signal.SIGKILL)
     at = reached(name, "dead")
-    assert "gone" in live.told(at) and known(name).status == "dead"
+    assert "gone" in live.told(at) and get_run_info(name).status == "dead"
     wait(lambda: not live.busy())
-    saved = known(name).step
+    saved = get_run_info(name).step
     live.resume(name)
     wait(lambda: (now := live.state(name))["status"] == "running" and now["saved"] > saved)
     live.stop(name)
@@ -164,10 +159,10 @@ def test_bad_parameters_are_a_sentence_and_start_nothing(lab, text, said):
 
 
 def test_a_name_that_is_taken_starts_nothing(lab):
-    from cudlab.core import Config
-    from cudlab.run import create
+    from cudlab.config import Config
+    from cudlab.training import create_run
 
-    create(Config(method="rf", data="moons", steps=10, batch=16), "taken")
+    create_run(Config(method="rf", data="moons", steps=10, batch=16), "taken")
     assert (
         "exists with steps"
         in refusal(live.start, "method=rf data=moons steps=11 batch=16 name=taken")
@@ -233,10 +228,10 @@ def test_a_lab_without_runs_has_an_empty_view(lab):
 
 
 def test_text_stays_text_on_the_way_to_the_notebook():
-    from cudlab.core import Config
-    from cudlab.run import parameters
+    from cudlab.config import Config
+    from cudlab.training import parse_parameters
 
-    config, job = parameters(dict(method="cud", args={"aim": 4}, lr=1e-5, classes=True))
+    config, job = parse_parameters(dict(method="cud", args={"aim": 4}, lr=1e-5, classes=True))
     words = live.flags(config, job, "123")
     assert (
         words[words.index("name") - 1] == "-r"

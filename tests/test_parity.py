@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudlab.core import noise
-from cudlab.path import PATHS, denoiser, expand, grid, linear, noise_predictor, on_path
+from cudlab.multistep import SOLVERS, solve
+from cudlab.path import (
+    PATHS,
+    append_dims,
+    change_path,
+    linear,
+    make_grid,
+    to_denoiser,
+    to_noise_predictor,
+)
+from cudlab.rng import draw_noise
 from cudlab.run import Run
-from cudlab.solver import SOLVERS, solve
-
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,15 +42,15 @@ def net(x, t):
 
 def velocity(x, a, b):
     "What a v_prediction model says about x = a x0 + b eps, a^2 + b^2 = 1."
-    return expand(a, x) * noise_predictor(net)(x, a, b) - expand(b, x) * denoiser(net)(
-        x / expand(a, x), b / a
-    )
+    return append_dims(a, x) * to_noise_predictor(net)(x, a, b) - append_dims(b, x) * to_denoiser(
+        net
+    )(x / append_dims(a, x), b / a)
 
 
 def preconditioned(x, a, b):
     "The raw network inside EDM's denoiser, sigma_data = 1/2."
-    b2 = expand(b, x) ** 2
-    return (denoiser(net)(x, b) - x / (1 + 4 * b2)) * (1 + 4 * b2).sqrt() / b2.sqrt()
+    b2 = append_dims(b, x) ** 2
+    return (to_denoiser(net)(x, b) - x / (1 + 4 * b2)) * (1 + 4 * b2).sqrt() / b2.sqrt()
 
 
 def flow(sigma):
@@ -61,7 +68,7 @@ def vp(sigma):
     return ve(sigma) / (1 + sigma[:, None] ** 2).sqrt()
 
 
-ASK = {flow: lambda x, a, b: net(x, b), ve: noise_predictor(net), vp: noise_predictor(net)}
+ASK = {flow: lambda x, a, b: net(x, b), ve: to_noise_predictor(net), vp: to_noise_predictor(net)}
 
 
 def scheduler_of(name, steps, **options):
@@ -78,7 +85,7 @@ def walked(scheduler, shares, ask, before=lambda i: None, **options):
     """Every state of a scheduler's loop, scaled to the linear path; shares (a, b) are those before
     each call and at the end.
     """
-    states = [noise(0, COUNT, (1, 8, 8)).double()]
+    states = [draw_noise(0, COUNT, (1, 8, 8)).double()]
     for i, (t, (a, b), end) in enumerate(zip(scheduler.timesteps, shares, shares.sum(1)[1:])):
         before(i)
         x = states[-1] * (a + b)
@@ -324,7 +331,7 @@ def test_pndm_with_its_runge_kutta_start(steps):
     nodes = [0, 4, 8, *range(12, steps + 10)]
     states = (walked(scheduler, at, ASK[vp]) * at.sum(1)[:, None, None, None, None])[nodes]
     ts = path.time(at[:, 0].log() - at[:, 1].log())[nodes]
-    ours = solve(on_path(net, linear, path), states[0], ts, "pndm", path)
+    ours = solve(change_path(net, linear, path), states[0], ts, "pndm", path)
     assert ours.nfe == len(scheduler.timesteps) == steps + 9
     assert (ours.xs - states).abs().max() < TOLERANCE
 
@@ -351,7 +358,9 @@ def test_ipndm(steps):
 )
 def test_edm_schedulers_on_the_edm_grid(solver, name, options, steps):
     at = ve(scheduler_of(name, steps).sigmas)
-    torch.testing.assert_close(at[:, 1] / at.sum(1), grid("edm", steps).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        at[:, 1] / at.sum(1), make_grid("edm", steps).double(), rtol=0, atol=1e-6
+    )
     assert parity(solver, name, steps, ve, ask=preconditioned, **options).max() < TOLERANCE
 
 
@@ -380,6 +389,6 @@ def test_the_tolerance_tells_every_solver_from_every_other():
     gaps = {
         name: gap(states, at, name).max()
         for name, entry in SOLVERS.items()
-        if entry.calls and not entry.ts
+        if entry.nfe and not entry.ts
     }
     assert [name for name, g in gaps.items() if g < 10 * TOLERANCE] == ["unipc3-bh2"]

@@ -14,23 +14,26 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from cudlab.core import complaint, noise
-from cudlab.metrics import PROTOCOL
-from cudlab.path import grid
+from cudlab.config import error_of
+from cudlab.path import make_grid
 from cudlab.plot import (
+    FRAMES_SCRIPT,
+    arrow_lines,
+    motion_chart,
+    moves_chart,
+    path_chart,
+    style_chart,
+)
+from cudlab.rng import draw_noise
+from cudlab.scoring import PROTOCOL
+from cudlab.tradeoff import (
     COSTS,
-    FRAMES,
     HIGHER,
-    TIMED,
-    arrows,
-    folding,
-    frame,
-    front,
-    motion,
-    moves,
-    paths,
-    quality,
-    tradeoff,
+    TIME_KEYS,
+    asinh_axis,
+    pareto_front,
+    quality_chart,
+    tradeoff_chart,
 )
 
 
@@ -71,8 +74,8 @@ def lines(fig):
 @pytest.mark.parametrize("count", [1, 2, 3, 17])
 @pytest.mark.parametrize("less", [0, 1])
 def test_moves_draw_the_median_and_half_of_the_samples(count, less):
-    values = noise(count, 9, (count,)).T[less:]
-    fig = moves({"speed (rms)": values}, grid("uniform", count))
+    values = draw_noise(count, 9, (count,)).T[less:]
+    fig = moves_chart({"speed (rms)": values}, make_grid("uniform", count))
     drawn = lines(fig)
     if not len(values):
         assert not drawn and "needs two moves" in [a.text for a in fig.layout.annotations]
@@ -83,14 +86,14 @@ def test_moves_draw_the_median_and_half_of_the_samples(count, less):
     np.testing.assert_allclose(
         trace.customdata[:, 1:], np.quantile(values, [0.25, 0.75], 1).T, rtol=1e-5, atol=1e-6
     )
-    np.testing.assert_allclose(trace.customdata[:, 0], grid("uniform", count)[: len(values)])
+    np.testing.assert_allclose(trace.customdata[:, 0], make_grid("uniform", count)[: len(values)])
     assert (trace.error_y.array is not None) == (len(values) == 1)
 
 
 def test_moves_of_heads_share_one_legend_and_differ_without_colour():
-    values = noise(0, 3, (5, 8)).abs()
-    fig = moves(
-        {"speed": values[0], "heads (rms)": values, "heads again": values}, grid("uniform", 5)
+    values = draw_noise(0, 3, (5, 8)).abs()
+    fig = moves_chart(
+        {"speed": values[0], "heads (rms)": values, "heads again": values}, make_grid("uniform", 5)
     )
     assert [t.name for t in fig.data if t.showlegend] == ["head 1", "head 2", "head 3"]
     styles = {(t.line.dash, t.marker.symbol) for t in fig.data if t.name}
@@ -101,9 +104,9 @@ def test_moves_of_heads_share_one_legend_and_differ_without_colour():
 
 def test_moves_point_at_one_move_in_every_panel_and_use_a_log_axis_for_errors_alone():
     values = torch.logspace(-6, 0, 6)[:, None].repeat(1, 4)
-    fig = moves(
+    fig = moves_chart(
         {"local error (rms)": values, "gap (rms)": values, "dead error": values * 0},
-        grid("uniform", 6),
+        make_grid("uniform", 6),
         mark=3,
     )
     assert [axis.type for axis in fig.select_yaxes()][:3] == ["log", None, None]
@@ -114,13 +117,13 @@ def test_moves_point_at_one_move_in_every_panel_and_use_a_log_axis_for_errors_al
 
 
 def test_moves_survive_samples_that_diverged_and_refuse_other_grids():
-    values = noise(0, 8, (4,)).T
+    values = draw_noise(0, 8, (4,)).T
     values[:, :3], values[2] = math.nan, math.nan
-    fig = moves({"speed": values, "error": values.abs()}, grid("uniform", 4))
+    fig = moves_chart({"speed": values, "error": values.abs()}, make_grid("uniform", 4))
     assert np.isnan(lines(fig)["speed"].y).tolist() == [False, False, True, False] and fig.to_json()
     for wrong in (values[:2], values[0], torch.zeros(4, 0), torch.zeros(2, 3, 6, 1)):
-        assert "the panel 'speed' has the shape" in complaint(
-            moves, {"speed": wrong}, grid("uniform", 4)
+        assert "the panel 'speed' has the shape" in error_of(
+            moves_chart, {"speed": wrong}, make_grid("uniform", 4)
         )
 
 
@@ -129,8 +132,8 @@ def test_moves_survive_samples_that_diverged_and_refuse_other_grids():
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_256_paths_are_two_lines_and_light(dims):
-    points = noise(0, 256, (18, dims)).transpose(0, 1)
-    fig = paths(points, torch.tensor([0.5, 0.3, 0.1][:dims]))
+    points = draw_noise(0, 256, (18, dims)).transpose(0, 1)
+    fig = path_chart(points, torch.tensor([0.5, 0.3, 0.1][:dims]))
     chord, path, start, end = fig.data
     assert len(fig.to_json()) <= 250_000
     assert np.isnan(path.x).sum() == np.isnan(chord.x).sum() == 256
@@ -144,19 +147,19 @@ def test_256_paths_are_two_lines_and_light(dims):
 
 def test_paths_of_one_sample_and_one_move():
     assert (
-        paths(torch.zeros(2, 1, 3), torch.zeros(3)).to_json()
-        and len(paths(torch.zeros(2, 1, 2), ends=False).data) == 2
+        path_chart(torch.zeros(2, 1, 3), torch.zeros(3)).to_json()
+        and len(path_chart(torch.zeros(2, 1, 2), ends=False).data) == 2
     )
-    assert "are no paths" in complaint(paths, torch.zeros(5, 4)) and "are no paths" in complaint(
-        paths, torch.zeros(5, 4, 2), torch.zeros(3)
+    assert "are no paths" in error_of(path_chart, torch.zeros(5, 4)) and "are no paths" in error_of(
+        path_chart, torch.zeros(5, 4, 2), torch.zeros(3)
     )
 
 
 def moving(steps=16, count=128, side=15):
     "A contracting flow with its field."
-    ts, axis = grid("uniform", steps), torch.linspace(-2.6, 2.6, side)
-    at, x = torch.cartesian_prod(axis, axis), noise(0, count, (2,))
-    return motion(
+    ts, axis = make_grid("uniform", steps), torch.linspace(-2.6, 2.6, side)
+    at, x = torch.cartesian_prod(axis, axis), draw_noise(0, count, (2,))
+    return motion_chart(
         torch.stack([x * (0.1 + t) for t in ts]),
         ts,
         x,
@@ -180,7 +183,7 @@ def test_motion_has_a_frame_a_step_and_is_light():
 
 
 def test_arrows_point_where_the_velocity_points():
-    lines = arrows(np.array([[1.0, 2.0]]), np.array([[3.0, -1.0]]))
+    lines = arrow_lines(np.array([[1.0, 2.0]]), np.array([[3.0, -1.0]]))
     start, tip, left, again, right, gap = lines
     assert (
         start.tolist() == [1, 2]
@@ -195,9 +198,9 @@ def test_arrows_point_where_the_velocity_points():
 
 def test_no_line_of_the_field_is_longer_than_the_gap_of_the_grid():
     axis = torch.linspace(-1, 1, 9)
-    at, ts = torch.cartesian_prod(axis, axis), grid("uniform", 3)
-    field = noise(0, 4, (81, 2)) * torch.tensor([1.0, 1.0, 1.0, 1e6])[:, None, None]
-    fig = motion(torch.zeros(4, 5, 2), ts, None, field, at)
+    at, ts = torch.cartesian_prod(axis, axis), make_grid("uniform", 3)
+    field = draw_noise(0, 4, (81, 2)) * torch.tensor([1.0, 1.0, 1.0, 1e6])[:, None, None]
+    fig = motion_chart(torch.zeros(4, 5, 2), ts, None, field, at)
     for one in fig.frames:
         start, tip = (
             np.stack([one.data[0].x, one.data[0].y], 1).reshape(-1, 6, 2)[:, :2].swapaxes(0, 1)
@@ -206,13 +209,13 @@ def test_no_line_of_the_field_is_longer_than_the_gap_of_the_grid():
 
 
 def test_motion_refuses_what_does_not_fit_together():
-    ts, xs, at = grid("uniform", 4), torch.zeros(5, 3, 2), torch.zeros(9, 2)
-    assert "is no motion over 5 times" in complaint(
-        motion, xs[:3], ts
-    ) and "is no motion" in complaint(motion, torch.zeros(5, 3, 4), ts)
-    assert "is no field over 5 times" in complaint(
-        motion, xs, ts, None, torch.zeros(4, 9, 2), at
-    ) and "is no field" in complaint(motion, xs, ts, None, torch.zeros(5, 9, 2))
+    ts, xs, at = make_grid("uniform", 4), torch.zeros(5, 3, 2), torch.zeros(9, 2)
+    assert "is no motion over 5 times" in error_of(
+        motion_chart, xs[:3], ts
+    ) and "is no motion" in error_of(motion_chart, torch.zeros(5, 3, 4), ts)
+    assert "is no field over 5 times" in error_of(
+        motion_chart, xs, ts, None, torch.zeros(4, 9, 2), at
+    ) and "is no field" in error_of(motion_chart, xs, ts, None, torch.zeros(5, 9, 2))
 
 
 # What a call buys
@@ -224,7 +227,7 @@ def test_front_is_what_nothing_beats(points, higher):
     cost, value = [p[0] for p in points], [p[1] for p in points]
     sign = -1 if higher else 1
     beats = lambda p, q: p[0] <= q[0] and sign * p[1] <= sign * q[1] and p != q
-    found = front(cost, value, higher)
+    found = pareto_front(cost, value, higher)
     assert {points[i] for i in found} == {q for q in points if not any(beats(p, q) for p in points)}
     assert (np.diff([cost[i] for i in found]) > 0).all()
 
@@ -232,7 +235,7 @@ def test_front_is_what_nothing_beats(points, higher):
 @pytest.mark.parametrize("axis", COSTS)
 @pytest.mark.parametrize("value", ["fd", "recall"])
 def test_the_front_lies_on_the_better_side(value, axis):
-    fig = tradeoff(scores(), value, axis)
+    fig = tradeoff_chart(scores(), value, axis)
     best, drawn = fig.data[0], lines(fig)
     assert (
         best.name == "Pareto front"
@@ -254,7 +257,7 @@ def test_time_is_the_mean_over_seeds_and_old_scores_are_told():
         {k: v for k, v in row.items() if k not in ("ms", "machine", "batch")}
         for row in scores(("old",))
     ]
-    fig = tradeoff(rows + old, "fd", "ms")
+    fig = tradeoff_chart(rows + old, "fd", "ms")
     assert (
         "4 of 28 scores have no time and are left out"
         in fig.layout.xaxis.title.text.replace("</i><br><i>", " ")
@@ -264,35 +267,35 @@ def test_time_is_the_mean_over_seeds_and_old_scores_are_told():
     assert (lines(fig)["a · euler"].error_y.array > 0).all()
     assert (
         "no endpoint"
-        in tradeoff(
+        in tradeoff_chart(
             rows + [dict(row, endpoint=None) for row in rows], "endpoint"
         ).layout.xaxis.title.text
     )
-    assert len(tradeoff(rows + old).data) == 4
+    assert len(tradeoff_chart(rows + old).data) == 4
 
 
-@pytest.mark.parametrize("key", (*PROTOCOL, *TIMED))
+@pytest.mark.parametrize("key", (*PROTOCOL, *TIME_KEYS))
 def test_scores_measured_otherwise_are_refused(key):
     rows = scores(data="digits")
     rows[-1] = dict(rows[-1], **{key: "other"})
-    assert f"{key} is" in complaint(tradeoff, rows, "fd", "ms")
+    assert f"{key} is" in error_of(tradeoff_chart, rows, "fd", "ms")
     if key in PROTOCOL:
         assert (
-            complaint(tradeoff, rows)
-            == complaint(quality, rows)
-            == complaint(tradeoff, rows, "fd", "ms")
+            error_of(tradeoff_chart, rows)
+            == error_of(quality_chart, rows)
+            == error_of(tradeoff_chart, rows, "fd", "ms")
         )
     else:
-        assert len(tradeoff(rows).data) == 3
+        assert len(tradeoff_chart(rows).data) == 3
 
 
 def test_a_score_below_zero_keeps_its_place():
     rows = scores(nfes=(1, 2, 4, 8, 16, 32))
     for row in rows:
         row.update(kd=400 / row["nfe"] ** 2 - 0.5 * (row["run"] == "b"), kd_low=-3.0, kd_high=450.0)
-    fig = tradeoff(rows, "kd")
+    fig = tradeoff_chart(rows, "kd")
     y, truth = lines(fig)["b · euler"].y, [row["kd"] for row in rows if row["run"] == "b"]
-    unit = folding([row["kd"] for row in rows])[0]
+    unit = asinh_axis([row["kd"] for row in rows])[0]
     assert unit > 0 and fig.layout.yaxis.type is None
     np.testing.assert_allclose(np.sinh(y) * unit, truth, rtol=1e-9)
     np.testing.assert_allclose(
@@ -305,7 +308,7 @@ def test_a_score_below_zero_keeps_its_place():
 
 
 def test_a_share_of_zero_stays_on_a_plain_axis():
-    fig = tradeoff(
+    fig = tradeoff_chart(
         [dict(row, recall=r) for row, r in zip(scores(), (0, 0.001, 0.5, 0.93))], "recall"
     )
     assert lines(fig)["a · euler"].y.tolist() == [
@@ -323,17 +326,17 @@ def test_every_value_can_be_drawn_with_missing_ends(value):
         for k, row in enumerate(scores())
     ]
     for axis in COSTS:
-        fig = tradeoff(rows, value, axis)
+        fig = tradeoff_chart(rows, value, axis)
         assert len(fig.data) == 3 and json.loads(fig.to_json())
-    assert len(tradeoff([], value).data) == 0 and len(quality(rows, value).data) == 2
+    assert len(tradeoff_chart([], value).data) == 0 and len(quality_chart(rows, value).data) == 2
 
 
 def test_zoom_is_kept_for_new_data_and_not_for_another_axis():
     first, more, time, other = (
-        tradeoff(scores()),
-        tradeoff(scores(nfes=(1, 2))),
-        tradeoff(scores(), "fd", "ms"),
-        tradeoff(scores(), "recall"),
+        tradeoff_chart(scores()),
+        tradeoff_chart(scores(nfes=(1, 2))),
+        tradeoff_chart(scores(), "fd", "ms"),
+        tradeoff_chart(scores(), "recall"),
     )
     same = lambda a, b, key: a.layout[key].uirevision == b.layout[key].uirevision
     assert (
@@ -344,17 +347,21 @@ def test_zoom_is_kept_for_new_data_and_not_for_another_axis():
     )
     assert all(
         fig.layout.uirevision == "cudlab"
-        for fig in (first, moves({}, grid("uniform", 2)), paths(torch.zeros(2, 1, 2)))
+        for fig in (
+            first,
+            moves_chart({}, make_grid("uniform", 2)),
+            path_chart(torch.zeros(2, 1, 2)),
+        )
     )
 
 
 def test_unknown_names_are_one_sentence():
     assert (
-        complaint(tradeoff, scores(), "fid")
+        error_of(tradeoff_chart, scores(), "fid")
         == f"value = 'fid' cannot be drawn; take one of {', '.join(HIGHER)}"
     )
     assert (
-        complaint(tradeoff, scores(), "fd", "hours")
+        error_of(tradeoff_chart, scores(), "fd", "hours")
         == "axis = 'hours' cannot be drawn; take one of nfe, ms"
     )
 
@@ -363,7 +370,7 @@ def test_the_frame_keeps_what_a_chart_already_has():
     fig = plotly.graph_objects.Figure(
         layout=dict(xaxis=dict(range=[0, 1], title="mine"), annotations=[dict(text="note")])
     )
-    frame(fig, 200, y="theirs", legend=dict(x=0.5))
+    style_chart(fig, 200, y="theirs", legend=dict(x=0.5))
     assert (
         fig.layout.xaxis.range == (0, 1)
         and fig.layout.xaxis.title.text == "mine"
@@ -413,9 +420,9 @@ def draw(chromium):
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("name", ["moves", "heads", "paths", "motion", "tradeoff", "time"])
 def test_every_word_is_on_the_page(draw, name, width):
-    ts, values = grid("uniform", 16), noise(0, 8, (16,)).T.abs()
+    ts, values = make_grid("uniform", 16), draw_noise(0, 8, (16,)).T.abs()
     fig = dict(
-        moves=lambda: moves(
+        moves=lambda: moves_chart(
             {
                 "speed (|v| / √d)": values,
                 "turning (cosine)": values[1:],
@@ -427,22 +434,24 @@ def test_every_word_is_on_the_page(draw, name, width):
             ts,
             mark=4,
         ),
-        heads=lambda: moves(
+        heads=lambda: moves_chart(
             {
                 "head speed (rms)": torch.stack([values, values * 2]),
                 "difference from head 1 (rms)": torch.stack([values * 0, values]),
             },
             ts,
         ),
-        paths=lambda: paths(noise(0, 8, (17, 2)).transpose(0, 1), torch.tensor([0.4, 0.3])),
+        paths=lambda: path_chart(
+            draw_noise(0, 8, (17, 2)).transpose(0, 1), torch.tensor([0.4, 0.3])
+        ),
         motion=lambda: moving()[0],
-        tradeoff=lambda: tradeoff(
+        tradeoff=lambda: tradeoff_chart(
             scores(
                 ("digits-reflow-distill", "digits-cud-aim8", "digits-rf"),
                 (1, 2, 3, 4, 6, 8, 16, 32),
             )
         ),
-        time=lambda: tradeoff(
+        time=lambda: tradeoff_chart(
             scores(machine="Intel Xeon Platinum 8370C CPU @ 2.80GHz, 2 threads")
             + [dict(scores()[0], ms=None)],
             "fd",
@@ -462,7 +471,7 @@ def test_every_word_is_on_the_page(draw, name, width):
 def test_motion_plays_once_its_frames_are_handed_over(draw):
     fig, xs = moving(steps=4, count=20, side=5)
     page = draw(fig, 600)
-    page.evaluate(f"value => ({FRAMES})(value)", dict(plot=fig.to_json()))
+    page.evaluate(f"value => ({FRAMES_SCRIPT})(value)", dict(plot=fig.to_json()))
     shown = lambda: page.evaluate(
         "() => { const g = document.querySelector('#chart'); return "
         "[g._transitionData._frames.length, g.layout.sliders[0].active, [...g._fullData[2].x]] }"
@@ -486,6 +495,6 @@ def test_motion_plays_once_its_frames_are_handed_over(draw):
     np.testing.assert_allclose(shown()[2], xs[2, :, 0], rtol=1e-6)
     shorter = moving(steps=2, count=20, side=5)[0].to_json()
     page.evaluate("f => Plotly.react('chart', f.data, f.layout)", json.loads(shorter))
-    page.evaluate(f"value => ({FRAMES})(value)", dict(plot=shorter))
+    page.evaluate(f"value => ({FRAMES_SCRIPT})(value)", dict(plot=shorter))
     assert shown()[0] == 3  # those of the chart before are gone
     page.close()

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cudlab.core import settings
-from cudlab.run import Run, best_of, commit, differences, known, runs, signatures
-
+from cudlab.catalog import best_score, config_diff, get_run_info, list_runs
+from cudlab.checkpoint import commit_files, stat_files
+from cudlab.config import get_settings
+from cudlab.run import Run
 
 SMALL = "digits-dode-euler5"
 
@@ -24,7 +25,7 @@ def lab(tmp_path, monkeypatch):
     "An empty folder of runs, and a function that puts a copy of a small shipped run into it."
     folder = tmp_path / "runs"
     folder.mkdir()
-    source = settings().checkpoints_path / SMALL
+    source = get_settings().checkpoints_path / SMALL
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(folder))
 
     def copy(name: str) -> Path:
@@ -35,7 +36,7 @@ def lab(tmp_path, monkeypatch):
 
 
 def mine() -> dict:
-    return {r.name: r for r in runs() if not r.shipped}
+    return {r.name: r for r in list_runs() if not r.shipped}
 
 
 def python(code: str, *words) -> subprocess.Popen:
@@ -46,12 +47,12 @@ def python(code: str, *words) -> subprocess.Popen:
 
 OPENED = """
 import os, sys
-from cudlab.run import runs
-from cudlab.run import signatures
+from cudlab.catalog import list_runs
+from cudlab.checkpoint import stat_files
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' and isinstance(args[0], (str, bytes, os.PathLike)) else None)
 for _ in range(2):
-    print(len(runs()), *sorted({os.path.basename(p) for p in opened if p.startswith(os.environ['CUDLAB_RUNS_PATH'])}))
+    print(len(list_runs()), *sorted({os.path.basename(p) for p in opened if p.startswith(os.environ['CUDLAB_RUNS_PATH'])}))
     opened.clear()
 """
 
@@ -90,10 +91,10 @@ def test_a_listing_from_memory_is_the_listing_of_a_fresh_process(lab):
     lab("g")
     now = mine()
     out, _ = python(
-        "from cudlab.run import runs\nfor r in runs():\n    if not r.shipped: "
-        "print(repr(r.__dict__ | {'path': str(r.path)}))"
+        "from cudlab.catalog import list_runs\nfor r in list_runs():\n    if not r.shipped: "
+        "print(repr(r.__dict__ | {'path': str(r.dir)}))"
     ).communicate(timeout=100)
-    assert [repr(r.__dict__ | {"path": str(r.path)}) for r in now.values()] == out.splitlines()
+    assert [repr(r.__dict__ | {"path": str(r.dir)}) for r in now.values()] == out.splitlines()
     assert (
         now["a"].step == 3
         and now["a"].status == "new"
@@ -133,7 +134,7 @@ def test_a_damaged_run_is_listed_with_its_reason(lab, file, content):
     assert (
         found["broken"].damaged
         and not found["good"].damaged
-        and known("broken").damaged == found["broken"].damaged
+        and get_run_info("broken").damaged == found["broken"].damaged
     )
 
 
@@ -165,10 +166,10 @@ def test_the_best_score_is_of_one_feature_space_and_of_this_step():
         fd=fd, nfe=1, solver="euler", extractor=extractor, step=step
     )
     assert (
-        best_of([row(5, "a"), row(0.1, "b")], 1, "a")["fd"] == 5
-        and best_of([row(5, "a"), row(0.1, "b")], 1, "c")["fd"] == 0.1
+        best_score([row(5, "a"), row(0.1, "b")], 1, "a")["fd"] == 5
+        and best_score([row(5, "a"), row(0.1, "b")], 1, "c")["fd"] == 0.1
     )
-    assert best_of([row(5, "a", 2)], 1, "a") is None and best_of([], 1, "a") is None
+    assert best_score([row(5, "a", 2)], 1, "a") is None and best_score([], 1, "a") is None
 
 
 def test_links_out_of_the_folder_of_runs_are_not_followed(lab, tmp_path):
@@ -222,13 +223,13 @@ def test_a_link_that_leads_nowhere_does_no_harm(lab):
 def test_a_name_is_never_a_path(lab, name):
     lab("good")
     with pytest.raises(ValueError, match="unknown run"):
-        known(name)
+        get_run_info(name)
 
 
 def test_a_near_miss_is_hinted(lab):
     lab("moons-cud")
     with pytest.raises(ValueError, match="did you mean 'moons-cud'"):
-        known("moons-cdu")
+        get_run_info("moons-cdu")
 
 
 def test_a_name_comes_before_a_path_of_the_same_name(lab, tmp_path, monkeypatch):
@@ -236,8 +237,8 @@ def test_a_name_comes_before_a_path_of_the_same_name(lab, tmp_path, monkeypatch)
     shutil.copytree(lab.folder / "twin", tmp_path / "there" / "twin")
     monkeypatch.chdir(tmp_path / "there")
     assert (
-        Run.open("twin").path == lab.folder / "twin"
-        and Run.open("./twin").path == tmp_path / "there" / "twin"
+        Run.open("twin").dir == lab.folder / "twin"
+        and Run.open("./twin").dir == tmp_path / "there" / "twin"
     )
 
 
@@ -249,7 +250,7 @@ def test_a_run_that_is_being_saved_is_never_listed_as_damaged(lab):
     def save():
         while not stop.is_set():
             steps.append(len(steps) % 5)
-            commit(
+            commit_files(
                 folder,
                 files | {f"extra-{len(steps) % 7}": b"x" * len(steps)},
                 {"step": steps[-1]},
@@ -279,8 +280,8 @@ def test_a_file_that_moves_between_two_looks_is_there(lab, monkeypatch):
         return found
 
     monkeypatch.setattr(
-        "cudlab.run.signatures",
-        lambda place, of=signatures: {k: v for k, v in of(place).items() if k != "net.safetensors"},
+        "cudlab.catalog.stat_files",
+        lambda place, of=stat_files: {k: v for k, v in of(place).items() if k != "net.safetensors"},
     )
     monkeypatch.setattr(os, "stat", then_moved)
     assert not mine()["moving"].damaged and not (folder / ".commit" / "net.safetensors").exists()
@@ -345,11 +346,11 @@ def test_the_line_after_a_torn_one_is_whole(lab):
 
 def test_differences_show_arguments_with_their_value_given_or_not():
     found = [Run.open(name) for name in ("digits-rf", "digits-cud", "digits-cud-aim8")]
-    rows = {row.pop("key"): row for row in differences(found)}
+    rows = {row.pop("key"): row for row in config_diff(found)}
     assert rows["method"] == {"digits-rf": "rf", "digits-cud": "cud", "digits-cud-aim8": "cud"}
     assert (
         rows["args.aim"]["digits-rf"] is None
         and rows["args.aim"]["digits-cud-aim8"] == 8
         and rows["args.aim"]["digits-cud"] == found[1].method.aim != 8
     )
-    assert "data" not in rows and differences(found[:1]) == []
+    assert "data" not in rows and config_diff(found[:1]) == []

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cudlab.core import Damaged
+from cudlab.config import CorruptData
 from cudlab.run import Run
-from cudlab.sample import gathered, sample
-
+from cudlab.sample import read_samples, write_samples
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDLAB_THREADS": "1", "CUDLAB_DEVICE": "cpu"}
@@ -46,30 +45,30 @@ def test_a_stop_keeps_the_parts_and_another_team_finishes_them(tmp_path, sign):
     assert process.returncode == (-9 if sign == signal.SIGKILL else 3) and not err
     parts = list((tmp_path / "set").glob("part-*"))
     assert 2 <= len(parts) < 150
-    with pytest.raises(Damaged, match="has no part-"):
-        gathered(tmp_path / "set")
+    with pytest.raises(CorruptData, match="has no part-"):
+        read_samples(tmp_path / "set")
     made = {p.name: p.stat().st_mtime_ns for p in parts}
     again = command(*words, processes=2)
     said, err = again.communicate(timeout=200)
     assert again.returncode == 0 and said.count(", there already\n") == len(made), err
     assert all((tmp_path / "set" / name).stat().st_mtime_ns == when for name, when in made.items())
-    x, labels, about = gathered(tmp_path / "set")
+    x, labels, about = read_samples(tmp_path / "set")
     assert x.shape == (3000, 1, 8, 8) and labels is None and about["solver"] == "euler"
-    list(sample(Run.open("digits-rf"), tmp_path / "alone", n=200, batch=20, steps=4))
-    assert torch.equal(x[:200], gathered(tmp_path / "alone")[0])
+    list(write_samples(Run.open("digits-rf"), tmp_path / "alone", n=200, batch=20, steps=4))
+    assert torch.equal(x[:200], read_samples(tmp_path / "alone")[0])
 
 
 def test_labels_are_kept_and_points_are_not_rounded(tmp_path):
-    list(sample(Run.open("digits-cud-aim8-classes"), tmp_path / "classes", n=32, batch=16))
-    x, labels, about = gathered(tmp_path / "classes")
+    list(write_samples(Run.open("digits-cud-aim8-classes"), tmp_path / "classes", n=32, batch=16))
+    x, labels, about = read_samples(tmp_path / "classes")
     assert (
         labels.tolist() == [k % 10 for k in range(32)]
         and x.dtype == torch.uint8
         and len(about["classes"]) == 10
     )
     run = Run.open("checkerboard-cud-aim4")
-    list(sample(run, tmp_path / "points", n=32, batch=16))
-    assert torch.equal(gathered(tmp_path / "points")[0], run.solve(index=32).x)
+    list(write_samples(run, tmp_path / "points", n=32, batch=16))
+    assert torch.equal(read_samples(tmp_path / "points")[0], run.solve(index=32).x)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +101,14 @@ def test_wrong_words_are_a_sentence(tmp_path, capsys, words, said):
 
 def test_a_folder_of_other_samples_and_a_broken_part(tmp_path):
     run = Run.open("digits-rf")
-    list(sample(run, tmp_path / "set", n=32, batch=16, steps=2))
+    list(write_samples(run, tmp_path / "set", n=32, batch=16, steps=2))
     for other in ({"steps": 3}, {"seed": 1}, {"n": 48}, {"batch": 8}):
         with pytest.raises(ValueError, match="name another folder"):
-            list(sample(run, tmp_path / "set", **{"n": 32, "batch": 16, "steps": 2} | other))
+            list(write_samples(run, tmp_path / "set", **{"n": 32, "batch": 16, "steps": 2} | other))
     part = tmp_path / "set" / "part-00001.safetensors"
     part.write_bytes(part.read_bytes()[:-9])
-    with pytest.raises(Damaged, match="cannot be read"):
-        gathered(tmp_path / "set")
+    with pytest.raises(CorruptData, match="cannot be read"):
+        read_samples(tmp_path / "set")
     (tmp_path / "set" / "index.json").write_text(json.dumps({"n": 1}))
     with pytest.raises(ValueError, match="name another folder"):
-        list(sample(run, tmp_path / "set", n=32, batch=16, steps=2))
+        list(write_samples(run, tmp_path / "set", n=32, batch=16, steps=2))

@@ -9,8 +9,8 @@ from dataclasses import fields
 
 import pytest
 
-import cudlab.core
-from cudlab.core import Settings, complaint, settings
+import cudlab.config
+from cudlab.config import Settings, error_of, get_settings
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_every_setting_is_used(root):
     code = "\n".join(
         p.read_text() for folder in ("cudlab", "apps") for p in (root / folder).rglob("*.py")
     )
-    own = cudlab.core.__file__
+    own = cudlab.config.__file__
     unused = [f.name for f in fields(Settings) if not re.search(rf"\.{f.name}\b", code)]
     if unused and not (
         (root / "apps" / "explorer.py").exists() and (root / "cudlab" / "run.py").exists()
@@ -73,7 +73,7 @@ def test_every_setting_is_used(root):
 
 def test_defaults_equal_the_file(root, tmp_path):
     "Without a settings.ini the lab behaves as with the one it ships, below the working directory."
-    here = settings(root)
+    here = get_settings(root)
     for f in fields(Settings):
         if f.type in (str, int):
             assert getattr(here, f.name) == f.default, f.name
@@ -96,54 +96,58 @@ def test_defaults_equal_the_file(root, tmp_path):
     ],
 )
 def test_wrong_line_is_a_sentence(lab, line, words):
-    message = complaint(settings, lab(line))
+    message = error_of(get_settings, lab(line))
     assert "\n" not in message and all(w in message for w in words), message
 
 
 @pytest.mark.parametrize("text", ["port = 1\nport = 2", "no equals sign", "[lab]"])
 def test_unreadable_file_is_a_sentence(lab, text):
-    message = complaint(settings, lab(text))
+    message = error_of(get_settings, lab(text))
     assert "settings.ini" in message and "\n" not in message
 
 
 def test_unreadable_bytes_are_a_sentence(lab):
     folder = lab()
     (folder / "settings.ini").write_bytes(b"[lab]\nport = \xff\xfe\n")
-    assert "settings.ini" in complaint(settings, folder)
+    assert "settings.ini" in error_of(get_settings, folder)
 
 
 @pytest.mark.parametrize("name", ["50%", "%(date)s", "my runs"])
 def test_a_path_is_taken_as_it_stands(lab, name):
     folder = lab(f"runs_path = {name}\n")
-    assert settings(folder).runs_path == folder / name
+    assert get_settings(folder).runs_path == folder / name
 
 
 def test_environment_wins(lab, monkeypatch):
     folder = lab("port = 8000\nruns_path = mine\n")
-    assert settings(folder).port == 8000 and settings(folder).runs_path == folder / "mine"
+    assert get_settings(folder).port == 8000 and get_settings(folder).runs_path == folder / "mine"
     monkeypatch.setenv("CUDLAB_PORT", "9000")
     monkeypatch.setenv("CUDLAB_RUNS_PATH", "/elsewhere/runs")
     monkeypatch.setenv("CUDLAB_DATA_PATH", "a, b ,")
-    s = settings(folder)
+    s = get_settings(folder)
     assert (s.port, str(s.runs_path)) == (9000, "/elsewhere/runs") and s.data_path == (
         folder / "a",
         folder / "b",
     )
     monkeypatch.setenv("CUDLAB_PORT", "http")
-    assert "http" in complaint(settings, folder)
+    assert "http" in error_of(get_settings, folder)
 
 
 def test_found_from_a_subfolder(lab):
     folder = lab("seed = 7\n")
     deep = folder / "a" / "b"
     deep.mkdir(parents=True)
-    assert settings(deep).root == folder and settings(deep).seed == 7
+    assert get_settings(deep).root == folder and get_settings(deep).seed == 7
 
 
 def test_found_from_anywhere(root, tmp_path):
     "An unrelated working directory falls back to the lab that the package was installed from."
     out = subprocess.run(
-        [sys.executable, "-c", "from cudlab.core import settings; print(settings().root)"],
+        [
+            sys.executable,
+            "-c",
+            "from cudlab.config import get_settings; print(get_settings().root)",
+        ],
         cwd=tmp_path,
         text=True,
         capture_output=True,
@@ -154,4 +158,4 @@ def test_found_from_anywhere(root, tmp_path):
 
 
 def test_a_file_without_the_section_is_fine(lab):
-    assert settings(lab(head="[DEFAULT]\nlib_name = cudlab\n")).port == 7860
+    assert get_settings(lab(head="[DEFAULT]\nlib_name = cudlab\n")).port == 7860

@@ -11,22 +11,21 @@ from pathlib import Path
 
 import pytest
 
-
 pytest.importorskip("distributed")
 psutil = pytest.importorskip("psutil")
 
+import cudlab.cli  # noqa: E402
 import cudlab.run  # noqa: E402
 from cudlab.run import Run  # noqa: E402
 from cudlab.sweep import (
-    Row,  # noqa: E402
-    follow,  # noqa: E402
-    left_out,  # noqa: E402
-    main,  # noqa: E402
-    read,  # noqa: E402
-    rows,  # noqa: E402
-    run,  # noqa: E402
+    TaskStatus,
+    is_blocked,
+    load_sweep,
+    run_sweep,
+    show_live,
+    sweep_main,
+    sweep_status,
 )
-
 
 ROOT = Path(__file__).parent.parent
 STARTED = []
@@ -79,8 +78,8 @@ def wait_for(condition, process=None, seconds=100):
 
 def at_work(file) -> list:
     "(row, process) of the jobs that have one."
-    sweep, found = read(file), []
-    for row in rows(sweep):
+    sweep, found = load_sweep(file), []
+    for row in sweep_status(sweep):
         if row.state == "running":
             known = json.loads((sweep.folder / f"{row.job}.json").read_text())
             if "pid" in known and psutil.pid_exists(known["pid"]):
@@ -115,19 +114,19 @@ def test_a_killed_worker_costs_nothing_and_a_second_time_there_is_nothing_to_do(
     code, out, err = finish(process)
     assert (code, err) == (0, "") and "12 jobs: 12 done" in out
     assert not job.is_running() and not worker.is_running()
-    table = rows(read(file))
+    table = sweep_status(load_sweep(file))
     assert len(table) == 12 and all(
         r.state == "done" and (r.step, r.of, r.code) == (20, 20, 0) for r in table
     )
     made = {r.job: Run.open(r.job) for r in table}
     assert all(found.verify() == 5 for found in made.values()) and row.job in made
     stamps = {
-        name: (found.path / "MANIFEST.json").stat().st_mtime_ns for name, found in made.items()
+        name: (found.dir / "MANIFEST.json").stat().st_mtime_ns for name, found in made.items()
     }
     code, out, err = finish(start(file))
     assert (code, err) == (0, "") and "12 jobs: 12 done" in out
     assert stamps == {
-        name: (found.path / "MANIFEST.json").stat().st_mtime_ns for name, found in made.items()
+        name: (found.dir / "MANIFEST.json").stat().st_mtime_ns for name, found in made.items()
     }
     assert not [p for p in ROOT.iterdir() if "dask" in p.name]
 
@@ -148,7 +147,7 @@ def test_a_failure_takes_only_those_that_wait_for_it(lab):
         },
     )
     code, out, err = finish(start(file))
-    table = {r.job: r for r in rows(read(file))}
+    table = {r.job: r for r in sweep_status(load_sweep(file))}
     assert code == 1 and {name: r.state for name, r in table.items()} == {
         "wild": "failed",
         "good": "done",
@@ -191,10 +190,10 @@ def test_a_killed_sweep_goes_on_and_a_second_one_is_refused(lab):
     process.kill()
     process.wait()
     psutil.wait_procs(jobs, 60)
-    assert not any(j.is_running() for j in jobs) and {r.state for r in rows(read(file))} == {
-        "stopped"
-    }
-    before = {r.job: r.step for r in rows(read(file))}
+    assert not any(j.is_running() for j in jobs) and {
+        r.state for r in sweep_status(load_sweep(file))
+    } == {"stopped"}
+    before = {r.job: r.step for r in sweep_status(load_sweep(file))}
     process = start(file)
     wait_for(lambda: [j for j in at_work(file) if j[0].step > before[j[0].job]][1:], process)
     code, out, err = finish(start(file))
@@ -202,7 +201,7 @@ def test_a_killed_sweep_goes_on_and_a_second_one_is_refused(lab):
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert (code, err) == (3, "") and "the same command continues it" in out
-    table = rows(read(file))
+    table = sweep_status(load_sweep(file))
     assert all(
         r.state == "stopped" and before[r.job] < r.step < r.of and "SIGTERM" in r.why for r in table
     )
@@ -219,7 +218,10 @@ def test_interrupted_midway_and_continued(lab):
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert (code, err) == (3, "") and out.endswith("the same command continues it\n")
-    assert rows(read(file))[0].state == "done" and rows(read(file))[-1].state != "done"
+    assert (
+        sweep_status(load_sweep(file))[0].state == "done"
+        and sweep_status(load_sweep(file))[-1].state != "done"
+    )
     code, out, err = finish(start(file))
     assert (code, err) == (0, "") and "3 jobs: 3 done" in out
 
@@ -274,30 +276,32 @@ def test_what_is_done_is_copied_to_any_file_system(lab, capsys):
     fsspec = pytest.importorskip("fsspec")
     file = grid(lab, {"train": {"data": "moons", "steps": 3, "batch": 8, "name": "x"}})
     assert finish(start(file))[0] == 0
-    assert main([file, "out=memory://there/sweep"]) == 0 and fsspec.filesystem("memory").exists(
-        "/there/sweep/x/config.json"
-    )
+    assert sweep_main([file, "out=memory://there/sweep"]) == 0 and fsspec.filesystem(
+        "memory"
+    ).exists("/there/sweep/x/config.json")
     assert not fsspec.filesystem("memory").exists("/there/sweep/x/ema.safetensors")
     capsys.readouterr()
     assert (
-        main([file, "out=memroy://there"]) == 2
+        sweep_main([file, "out=memroy://there"]) == 2
         and "did you mean 'memory'" in capsys.readouterr().err
     )
     (lab / "file").touch()
     assert (
-        main([file, f"out={lab / 'file' / 'below'}"]) == 2
+        sweep_main([file, f"out={lab / 'file' / 'below'}"]) == 2
         and len(capsys.readouterr().err.splitlines()) == 1
     )
 
 
 def test_a_reader_who_leaves_stops_the_jobs(lab):
     file = grid(lab, {"train": {"data": "moons", "steps": 100000, "batch": 32, "name": "long"}})
-    tables = run(read(file))
+    tables = run_sweep(load_sweep(file))
     while not next(tables)[0].step:
         pass
     tables.close()
     assert (
-        rows(read(file))[0].state == "stopped" and Run.open("long").step > 0 and not at_work(file)
+        sweep_status(load_sweep(file))[0].state == "stopped"
+        and Run.open("long").step > 0
+        and not at_work(file)
     )
 
 
@@ -351,7 +355,7 @@ def test_any_scheduler_and_a_stop_from_elsewhere(lab):
         code, out, err = finish(process)
         assert (
             (code, err) == (3, "")
-            and rows(read(file))[0].state == "stopped"
+            and sweep_status(load_sweep(file))[0].state == "stopped"
             and worker.poll() is None
         )
     finally:
@@ -396,7 +400,7 @@ def test_slurm_by_a_stand_in(lab, monkeypatch):
         "#SBATCH -p short" in script and "--cpus-per-task=2" in script and "--nthreads 1" in script
     )
     assert len((lab / "asked").read_text().split()) >= 2 and {
-        r.worker.rpartition("-")[0] for r in rows(read(file))
+        r.worker.rpartition("-")[0] for r in sweep_status(load_sweep(file))
     } == {"SLURMCluster"}
 
 
@@ -446,7 +450,7 @@ BAD = {
 
 @pytest.mark.parametrize("names, text", BAD.items(), ids=list(BAD))
 def test_a_bad_file_is_refused_in_a_sentence(lab, capsys, names, text):
-    assert main([grid(lab, text)]) == 2
+    assert sweep_main([grid(lab, text)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and len(err.splitlines()) == 1 and names in err, err
     assert not [p for p in (lab / "runs").glob("*") if p.name != ".sweeps"]
@@ -455,9 +459,9 @@ def test_a_bad_file_is_refused_in_a_sentence(lab, capsys, names, text):
 def test_what_windows_writes_before_a_file_and_words_in_the_wrong_order(lab, capsys):
     file = lab / "marked.json"
     file.write_text('{"train": {"data": "moons", "name": "one"}}', encoding="utf-8-sig")
-    assert main([str(file), "plan"]) == 0 and "1 job: 1 waiting" in capsys.readouterr().out
+    assert sweep_main([str(file), "plan"]) == 0 and "1 job: 1 waiting" in capsys.readouterr().out
     assert (
-        main(["plan", str(file)]) == 2
+        sweep_main(["plan", str(file)]) == 2
         and capsys.readouterr().err
         == f"error: sweep = 'plan' is not a file, which comes first: cudlab sweep {file} "
         "[plan|here|status|stop]\n"
@@ -465,7 +469,7 @@ def test_what_windows_writes_before_a_file_and_words_in_the_wrong_order(lab, cap
 
 
 def test_who_waits_for_a_stopped_job_says_so(lab):
-    sweep = read(
+    sweep = load_sweep(
         grid(
             lab,
             {
@@ -480,17 +484,19 @@ def test_who_waits_for_a_stopped_job_says_so(lab):
     sweep.folder.mkdir(parents=True)
     ended = {"first": 3}
     assert (
-        left_out(sweep, sweep.tasks["pupil"], ended)
+        is_blocked(sweep, sweep.tasks["pupil"], ended)
         and ended["pupil"] == 3
-        and rows(sweep)[1].why == "waits for first, which was stopped"
+        and sweep_status(sweep)[1].why == "waits for first, which was stopped"
     )
 
 
 def test_on_a_terminal_the_table_is_rewritten_in_place(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((50, 6)))
-    first = [Row(f"job-{i}", "queued") for i in range(9)]
-    table = follow(iter([first, [*first[:8], Row("job-8", "running", 3, 9, loss=0.5, worker="1")]]))
+    first = [TaskStatus(f"job-{i}", "queued") for i in range(9)]
+    table = show_live(
+        iter([first, [*first[:8], TaskStatus("job-8", "running", 3, 9, loss=0.5, worker="1")]])
+    )
     out = capsys.readouterr().out
     assert table[8].step == 3 and out.count("\x1b[5F\x1b[J") == 1 == out.count("\x1b[J")
     assert out.splitlines()[6].split()[:3] == ["job-8", "running", "3/9"] and out.splitlines()[
@@ -506,7 +512,10 @@ def test_a_name_that_another_configuration_has_is_refused(lab, capsys):
         ]
         == 0
     )
-    assert main([grid(lab, {"train": {"data": "moons", "steps": 4, "batch": 8, "name": "x"}})]) == 2
+    assert (
+        sweep_main([grid(lab, {"train": {"data": "moons", "steps": 4, "batch": 8, "name": "x"}})])
+        == 2
+    )
     assert "job 1: run 'x' exists with steps = 3" in capsys.readouterr().err
 
 
@@ -519,8 +528,8 @@ class Bare:
         if name.partition(".")[0] in {"dask", "distributed", "psutil", "papermill", "fsspec", "nbformat", "plotly", "gradio"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Bare())
-from cudlab.sweep import main
-sys.exit(main(sys.argv[1:]))
+from cudlab.sweep import sweep_main
+sys.exit(sweep_main(sys.argv[1:]))
 """
 ROW = {
     "train": {"data": "moons", "steps": 30, "batch": 32},
@@ -547,14 +556,16 @@ def test_here_needs_neither_dask_nor_papermill_and_makes_the_same_weights(lab):
         and "6 done" in heads[-1] + done.stdout.splitlines()[-1]
     )
     assert (
-        cudlab.run.main(["train", "name=alone", "data=moons", "steps=30", "batch=32", "method=cud"])
+        cudlab.cli.run_main(
+            ["train", "name=alone", "data=moons", "steps=30", "batch=32", "method=cud"]
+        )
         == 0
     )
     assert (lab / "runs" / "alone" / "ema.safetensors").read_bytes() == (
         lab / "runs" / "c" / "ema.safetensors"
     ).read_bytes()
-    assert {r.state for r in rows(read(str(lab / "grid.json")))} == {"done"} and len(
-        list(run(read(str(lab / "grid.json"))))
+    assert {r.state for r in sweep_status(load_sweep(str(lab / "grid.json")))} == {"done"} and len(
+        list(run_sweep(load_sweep(str(lab / "grid.json"))))
     ) == 1
 
 
@@ -575,14 +586,17 @@ def test_here_goes_on_in_legs_and_stops_at_a_signal(lab):
             wait_for(
                 lambda: (
                     (lab / "runs" / "long" / "progress.json").is_file()
-                    and "running" in str(rows(read(file))[0])
+                    and "running" in str(sweep_status(load_sweep(file))[0])
                 ),
                 process,
             )
             process.terminate()
         code, out, err = finish(process)
         assert code == 3 and "the same command continues it" in out, (code, out, err)
-        assert Run(lab / "runs" / "long").verify() >= 4 and rows(read(file))[0].state == "stopped"
+        assert (
+            Run(lab / "runs" / "long").verify() >= 4
+            and sweep_status(load_sweep(file))[0].state == "stopped"
+        )
         steps.append(Run(lab / "runs" / "long").step)
     assert 0 < steps[0] < steps[1]
 
@@ -599,8 +613,8 @@ def test_here_a_failure_spoils_only_its_students_and_only_takes_a_part(lab, caps
         ]
     }
     file = grid(lab, content)
-    assert main([file, "here", "only=pupil,c"]) == 1
-    states = {r.job: (r.state, r.code) for r in rows(read(file))}
+    assert sweep_main([file, "here", "only=pupil,c"]) == 1
+    states = {r.job: (r.state, r.code) for r in sweep_status(load_sweep(file))}
     assert (
         states["wild"] == ("failed", 4)
         and states["pupil"][0] == "failed"
@@ -614,7 +628,7 @@ def test_here_a_failure_spoils_only_its_students_and_only_takes_a_part(lab, caps
         (["here", "cluster=slurm", "slurm.cores=1", "slurm.memory=1GB", "workers=1"], "cluster"),
         (["here", "minutes=-1"], "minutes = -1"),
     ):
-        assert main([file, *words]) == 2
+        assert sweep_main([file, *words]) == 2
         assert told in capsys.readouterr().err, words
 
 
@@ -627,7 +641,10 @@ def test_minutes_stop_a_sweep_on_dask(lab):
         },
     )
     code, out, err = finish(start(file, "workers=1", "minutes=0.15"))
-    assert code == 3 and rows(read(file))[0].state in ("stopped", "waiting"), (out, err)
+    assert code == 3 and sweep_status(load_sweep(file))[0].state in ("stopped", "waiting"), (
+        out,
+        err,
+    )
 
 
 def test_the_order_of_the_file_is_kept_where_it_can_be(lab):
@@ -637,7 +654,7 @@ def test_the_order_of_the_file_is_kept_where_it_can_be(lab):
         {"name": "early", "method": "rf"},
         {"name": "a", "method": "rf", "seed": 3},
     ]
-    tasks = read(
+    tasks = load_sweep(
         grid(
             lab,
             ROW
@@ -661,7 +678,7 @@ def test_the_order_of_the_file_is_kept_where_it_can_be(lab):
 
 
 def test_the_plan_says_what_is_damaged(lab):
-    shipped = Path(cudlab.run.locate("digits-dode-euler5"))
+    shipped = Path(cudlab.run.find_run("digits-dode-euler5"))
     for name, file in (("blunt", "ema.safetensors"), ("torn", "config.json")):
         shutil.copytree(shipped, lab / "runs" / name)
         data = (lab / "runs" / name / file).read_bytes()
@@ -669,7 +686,7 @@ def test_the_plan_says_what_is_damaged(lab):
     (lab / "bad.json").write_text(
         json.dumps({"evaluate": [{"run": "blunt torn", "solvers": "euler", "nfes": "4"}]})
     )
-    table = rows(read(str(lab / "bad.json")))
+    table = sweep_status(load_sweep(str(lab / "bad.json")))
     assert [(r.job, r.state) for r in table] == [
         ("blunt.evaluate", "waiting"),
         ("torn.evaluate", "waiting"),

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cudlab.run import METHODS, Run
-
+from cudlab.methods import METHODS
+from cudlab.run import Run
 
 ROOT = Path(__file__).parent.parent
 SHORT = {"steps": 4, "batch": 22, "warmup": 1, "lr": 1e-3}
@@ -99,7 +99,7 @@ def lab(tmp_path):
 
 def train(lab, *words) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "cudlab.run", "train", *words],
+        [sys.executable, "-m", "cudlab.cli", "train", *words],
         cwd=ROOT,
         env=lab,
         stdout=subprocess.PIPE,
@@ -165,7 +165,7 @@ def test_a_signal_stops_a_team_within_a_step(lab, tmp_path, sign):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 3 and err == "", (out, err)
     run = Run.open(tmp_path / "team")
-    status = json.loads((run.path / "status.json").read_text())
+    status = json.loads((run.dir / "status.json").read_text())
     assert (status["status"], status["code"], status["step"]) == (
         "stopped",
         3,

@@ -13,31 +13,32 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from cudlab.core import complaint, noise
-from cudlab.net import Velocity, network
-from cudlab.path import PATHS, Mixture, grid, linear
-from cudlab.solver import SOLVERS, Counted, solve
+from cudlab.config import error_of
+from cudlab.multistep import SOLVERS, solve
+from cudlab.net import Velocity, make_network
+from cudlab.path import PATHS, GaussianMixture, linear, make_grid
+from cudlab.rng import draw_noise
+from cudlab.solver import NFECounter
 from cudlab.trajectory import (
-    angle,
-    catch_up,
+    angle_between,
+    catch_up_gap,
     chord_angle,
-    curvature,
-    field_of,
+    fit_projection,
     head_gaps,
     head_speeds,
     head_velocities,
     local_error,
-    moves,
-    projection,
+    move_curvature,
+    move_speed,
+    move_turning,
     reference_states,
-    rms,
-    speed,
-    turning,
+    root_mean_square,
+    summarize_moves,
+    velocity_field,
 )
 
-
 MEAN = torch.tensor([0.3, -0.8])
-TWO = Mixture(torch.tensor([[-1.0, 0.5], [1.0, 0.0]]), torch.tensor([0.4, 0.5]))
+TWO = GaussianMixture(torch.tensor([[-1.0, 0.5], [1.0, 0.0]]), torch.tensor([0.4, 0.5]))
 
 
 def gaussian(std, path=linear):
@@ -50,11 +51,11 @@ def gaussian(std, path=linear):
             path.alpha(s) * MEAN + (x.double() - path.alpha(t) * MEAN) * width(s) / width(t)
         ).float()
 
-    return Mixture(MEAN[None], torch.tensor([std]), path=path), flow
+    return GaussianMixture(MEAN[None], torch.tensor([std]), path=path), flow
 
 
 def walked(moves=6, count=5, solver="euler", f=TWO, shape=(2,)):
-    return solve(f, noise(0, count, shape), grid("uniform", moves), solver)
+    return solve(f, draw_noise(0, count, shape), make_grid("uniform", moves), solver)
 
 
 def still(x, t):
@@ -85,14 +86,14 @@ class Failing:
 @budget(max_examples=40, deadline=None)
 def test_local_error_is_the_closed_form(std, solver, steps, times):
     f, flow = gaussian(std)
-    tau = solve(f, noise(0, 16, (2,)), grid(times, steps) * 0.99, solver)
+    tau = solve(f, draw_noise(0, 16, (2,)), make_grid(times, steps) * 0.99, solver)
     ts = tau.ts.tolist()
     for i, error, size, accuracy in local_error(tau, f, parts=2):
         exact = tau.xs[i + 1] - flow(tau.xs[i], ts[i], ts[i + 1])
         assert error.dtype == size.dtype == accuracy.dtype == torch.float32
         assert (
             (error - exact).abs().max() < 1e-5
-            and (size - rms(exact)).abs().max() < 1e-5
+            and (size - root_mean_square(exact)).abs().max() < 1e-5
             and accuracy.max() < 1e-5
         )
 
@@ -100,7 +101,7 @@ def test_local_error_is_the_closed_form(std, solver, steps, times):
 @pytest.mark.parametrize("name", PATHS)
 def test_local_error_on_every_path(name):
     f, flow = gaussian(0.6, PATHS[name])
-    tau = solve(f, noise(0, 16, (2,)), torch.linspace(0.95, 0.05, 13), "euler", PATHS[name])
+    tau = solve(f, draw_noise(0, 16, (2,)), torch.linspace(0.95, 0.05, 13), "euler", PATHS[name])
     ts = tau.ts.tolist()
     for i, error, _, _ in local_error(tau, f, parts=4):
         assert (error - (tau.xs[i + 1] - flow(tau.xs[i], ts[i], ts[i + 1]))).abs().max() < 1e-5
@@ -109,9 +110,9 @@ def test_local_error_on_every_path(name):
 def test_accuracy_bounds_the_deviation_of_long_moves():
     f, flow = gaussian(0.3)
     for parts in (1, 2, 4):
-        tau = solve(f, noise(0, 64, (2,)), torch.tensor([1.0, 0.5]))
+        tau = solve(f, draw_noise(0, 64, (2,)), torch.tensor([1.0, 0.5]))
         ((_, error, _, accuracy),) = local_error(tau, f, parts)
-        deviation = rms(error - (tau.x - flow(tau.xs[0], 1.0, 0.5)))
+        deviation = root_mean_square(error - (tau.x - flow(tau.xs[0], 1.0, 0.5)))
         assert (
             0.2 * accuracy.mean() < deviation.mean() + 1e-6
             and deviation.mean() < 5 * accuracy.mean() + 1e-6
@@ -124,11 +125,11 @@ def test_local_error_comes_move_by_move():
     assert f.left == 22 and next(items)[0] == 0 and f.left == 11
     assert next(items)[0] == 1 and f.left == 0
     items.close()
-    counted = Counted(TWO, 5)
+    counted = NFECounter(TWO, 5)
     assert [i for i, *_ in local_error(tau, counted, parts=3)] == list(
         range(6)
     ) and counted.nfe == 6 * 35
-    assert "parts = '0' is not a whole number" in complaint(lambda: next(local_error(tau, TWO, 0)))
+    assert "parts = '0' is not a whole number" in error_of(lambda: next(local_error(tau, TWO, 0)))
 
 
 def test_an_exact_solver_has_no_local_error():
@@ -144,15 +145,15 @@ def test_an_exact_solver_has_no_local_error():
 
 
 def test_reference_is_heun_on_the_divided_grid():
-    x, counted = noise(0, 7, (2,)), Counted(TWO, 7)
-    states = list(reference_states(counted, x, grid("uniform", 4)))
+    x, counted = draw_noise(0, 7, (2,)), NFECounter(TWO, 7)
+    states = list(reference_states(counted, x, make_grid("uniform", 4)))
     assert (
         [i for i, _ in states] == [0, 1, 2, 3, 4]
         and torch.equal(states[0][1], x)
         and counted.nfe == 128
     )
     torch.testing.assert_close(
-        states[-1][1], solve(TWO, x, grid("uniform", 64), "heun").x, rtol=0, atol=1e-5
+        states[-1][1], solve(TWO, x, make_grid("uniform", 64), "heun").x, rtol=0, atol=1e-5
     )
 
 
@@ -163,14 +164,14 @@ def test_reference_is_heun_on_the_divided_grid():
 )
 @budget(max_examples=30, deadline=None)
 def test_reference_makes_at_least_the_moves_asked_for(steps, times, least):
-    counted, ts = Counted(still, 1), grid(times, steps)
+    counted, ts = NFECounter(still, 1), make_grid(times, steps)
     assert len(list(reference_states(counted, torch.ones(1, 2), ts, least))) == steps + 1
     assert max(least, steps) <= counted.nfe / 2 <= least + steps
 
 
 def test_reference_follows_the_flow_at_every_time():
     f, flow = gaussian(0.5)
-    x, ts = noise(0, 9, (2,)), grid("edm", 6)
+    x, ts = draw_noise(0, 9, (2,)), make_grid("edm", 6)
     for i, state in reference_states(f, x, ts, 800):
         assert (state - flow(x, ts[0].item(), ts[i].item())).abs().max() < 1e-5
 
@@ -180,12 +181,12 @@ def test_reference_follows_the_flow_at_every_time():
 
 def test_numbers_of_a_walk_are_their_definitions():
     tau = walked(5)
-    assert speed(tau).shape == chord_angle(tau).shape == (5, 5) and turning(tau).shape == curvature(
+    assert move_speed(tau).shape == chord_angle(tau).shape == (5, 5) and move_turning(
         tau
-    ).shape == (4, 5)
-    torch.testing.assert_close(speed(tau), tau.vs.norm(dim=2) / math.sqrt(2))
+    ).shape == move_curvature(tau).shape == (4, 5)
+    torch.testing.assert_close(move_speed(tau), tau.vs.norm(dim=2) / math.sqrt(2))
     torch.testing.assert_close(
-        turning(tau),
+        move_turning(tau),
         torch.nn.functional.cosine_similarity(tau.vs[1:], tau.vs[:-1], dim=2),
         rtol=0,
         atol=1e-5,
@@ -198,26 +199,30 @@ def test_numbers_of_a_walk_are_their_definitions():
         atol=1e-5,
     )
     gaps = tau.vs - torch.cat([tau.vs[1:], TWO(tau.x, torch.zeros(5))[None]])
-    torch.testing.assert_close(catch_up(tau, TWO), gaps.square().mean(2).sqrt())
+    torch.testing.assert_close(catch_up_gap(tau, TWO), gaps.square().mean(2).sqrt())
 
 
 def test_catch_up_costs_one_call():
-    catch_up(walked(9), Failing(TWO, 1))
+    catch_up_gap(walked(9), Failing(TWO, 1))
 
 
 def test_a_straight_flow_has_nothing_to_show():
     tau = walked(6, f=lambda x, t: torch.ones_like(x))
     assert (
         chord_angle(tau).max() < 0.01
-        and curvature(tau).max() < 1e-4
-        and catch_up(tau, lambda x, t: torch.ones_like(x)).max() == 0
+        and move_curvature(tau).max() < 1e-4
+        and catch_up_gap(tau, lambda x, t: torch.ones_like(x)).max() == 0
     )
 
 
 def test_no_direction_is_not_a_number():
     tau = walked(3, f=still)
-    assert speed(tau).max() == 0 and chord_angle(tau).isnan().all() and turning(tau).isnan().all()
-    assert angle(torch.ones(1, 1, 3), -torch.ones(1, 1, 3)).item() == pytest.approx(math.pi)
+    assert (
+        move_speed(tau).max() == 0
+        and chord_angle(tau).isnan().all()
+        and move_turning(tau).isnan().all()
+    )
+    assert angle_between(torch.ones(1, 1, 3), -torch.ones(1, 1, 3)).item() == pytest.approx(math.pi)
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 4, 4)])
@@ -225,49 +230,58 @@ def test_no_direction_is_not_a_number():
 def test_one_move(shape, count):
     f = lambda x, t: x * (1 + t.view(-1, *[1] * (x.ndim - 1)))
     tau = walked(1, count, f=f, shape=shape)
-    assert speed(tau).shape == chord_angle(tau).shape == catch_up(tau, f).shape == (1, count)
-    assert turning(tau).shape == curvature(tau).shape == (0, count) and chord_angle(tau).max() < 0.1
+    assert (
+        move_speed(tau).shape == chord_angle(tau).shape == catch_up_gap(tau, f).shape == (1, count)
+    )
+    assert (
+        move_turning(tau).shape == move_curvature(tau).shape == (0, count)
+        and chord_angle(tau).max() < 0.1
+    )
     ((i, error, size, accuracy),) = local_error(tau, f)
     assert i == 0 and error.shape == (count, *shape) and size.shape == accuracy.shape == (count,)
     assert (
-        projection(tau.xs).points.shape == (2, count, 2)
-        and projection(tau.xs).points.isfinite().all()
+        fit_projection(tau.xs).points.shape == (2, count, 2)
+        and fit_projection(tau.xs).points.isfinite().all()
     )
-    (row,) = moves(tau, catch_up=catch_up(tau, f))
+    (row,) = summarize_moves(tau, catch_up=catch_up_gap(tau, f))
     assert row["turning"] is row["curvature_high"] is None and row["catch_up"] > 0
 
 
 def test_a_sample_that_diverged_spoils_no_other():
-    x = noise(0, 4, (2,))
+    x = draw_noise(0, 4, (2,))
     x[2] = float("nan")
     bad, good = (
-        solve(TWO, x, grid("uniform", 5), "heun"),
-        solve(TWO, x[[0, 1, 3]], grid("uniform", 5), "heun"),
+        solve(TWO, x, make_grid("uniform", 5), "heun"),
+        solve(TWO, x[[0, 1, 3]], make_grid("uniform", 5), "heun"),
     )
     for number in (
-        speed,
-        turning,
+        move_speed,
+        move_turning,
         chord_angle,
-        curvature,
-        lambda tau: catch_up(tau, TWO),
+        move_curvature,
+        lambda tau: catch_up_gap(tau, TWO),
         lambda tau: torch.stack([e[2] for e in local_error(tau, TWO)]),
     ):
         assert number(bad)[:, 2].isnan().all()
         torch.testing.assert_close(number(bad)[:, [0, 1, 3]], number(good))
-    assert [(r["finite"], r["speed"]) for r in moves(bad)] == [(3, r["speed"]) for r in moves(good)]
-    torch.testing.assert_close(projection(bad.xs).points[:, [0, 1, 3]], projection(good.xs).points)
+    assert [(r["finite"], r["speed"]) for r in summarize_moves(bad)] == [
+        (3, r["speed"]) for r in summarize_moves(good)
+    ]
+    torch.testing.assert_close(
+        fit_projection(bad.xs).points[:, [0, 1, 3]], fit_projection(good.xs).points
+    )
 
 
 def test_results_are_float32_and_leave_gradients_as_they_are():
-    f = Mixture(TWO.means.double(), TWO.stds.double())
-    tau = solve(f, noise(0, 3, (2,)).double(), grid("uniform", 4))
+    f = GaussianMixture(TWO.means.double(), TWO.stds.double())
+    tau = solve(f, draw_noise(0, 3, (2,)).double(), make_grid("uniform", 4))
     for number in (
-        speed(tau),
-        turning(tau),
+        move_speed(tau),
+        move_turning(tau),
         chord_angle(tau),
-        curvature(tau),
-        catch_up(tau, f),
-        projection(tau.xs).points,
+        move_curvature(tau),
+        catch_up_gap(tau, f),
+        fit_projection(tau.xs).points,
     ):
         assert number.dtype == torch.float32
     assert all(e.dtype == torch.float32 for item in local_error(tau, f) for e in item[1:])
@@ -278,7 +292,7 @@ def test_results_are_float32_and_leave_gradients_as_they_are():
         assert torch.is_grad_enabled() and not item[1].requires_grad
     assert (
         not any(x.requires_grad for _, x in reference_states(g, tau.xs[0], tau.ts))
-        and not catch_up(tau, g).requires_grad
+        and not catch_up_gap(tau, g).requires_grad
     )
 
 
@@ -288,23 +302,27 @@ def test_results_are_float32_and_leave_gradients_as_they_are():
 @pytest.mark.parametrize("name, shape", [("mlp", (2,)), ("digits", (1, 8, 8))])
 def test_heads_at_the_states_of_the_walk(name, shape):
     torch.manual_seed(0)
-    net = network(name, shape, heads=3, classes=4).eval().requires_grad_(False)
+    net = make_network(name, shape, heads=3, classes=4).eval().requires_grad_(False)
     for p in net.parameters():
         p.add_(0.05 * torch.randn_like(p))
     y = torch.tensor([0, 3, 1])
-    tau = solve(Velocity(net, y), noise(0, 3, shape), grid("uniform", 4))
+    tau = solve(Velocity(net, y), draw_noise(0, 3, shape), make_grid("uniform", 4))
     speeds, gaps = head_speeds(tau, net, y), head_gaps(tau, net, y)
     assert speeds.shape == gaps.shape == (3, 4, 3) and not gaps[0].any()
-    torch.testing.assert_close(speeds[0], speed(tau), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(speeds[0], move_speed(tau), rtol=1e-4, atol=1e-5)
     third = Velocity(net, y, head=3)(tau.xs[2], tau.ts[2].expand(3))
-    torch.testing.assert_close(speeds[2, 2], rms(third), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gaps[2, 2], rms(third - tau.vs[2]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(speeds[2, 2], root_mean_square(third), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gaps[2, 2], root_mean_square(third - tau.vs[2]), rtol=1e-4, atol=1e-5
+    )
     assert sum(1 for _ in head_velocities(tau, net, y)) == 4
 
 
 def test_one_head_differs_from_itself_by_nothing():
-    net = network("mlp", (2,))
-    tau = solve(Velocity(net.eval().requires_grad_(False)), noise(0, 3, (2,)), grid("uniform", 2))
+    net = make_network("mlp", (2,))
+    tau = solve(
+        Velocity(net.eval().requires_grad_(False)), draw_noise(0, 3, (2,)), make_grid("uniform", 2)
+    )
     assert head_gaps(tau, net).shape == (1, 2, 3) and not head_gaps(tau, net).any()
 
 
@@ -319,8 +337,8 @@ def test_one_head_differs_from_itself_by_nothing():
 )
 @budget(max_examples=60, deadline=None)
 def test_projection_is_the_best_of_all_planes(steps, count, shape, dims):
-    xs = noise(steps, (steps + 1) * count, shape).unflatten(0, (steps + 1, count))
-    found, rows = projection(xs, dims), xs.flatten(2).flatten(0, 1).double()
+    xs = draw_noise(steps, (steps + 1) * count, shape).unflatten(0, (steps + 1, count))
+    found, rows = fit_projection(xs, dims), xs.flatten(2).flatten(0, 1).double()
     values = torch.linalg.svdvals(rows - rows.mean(0)).square()
     expected = torch.nn.functional.pad(values / values.sum(), (0, dims))[:dims].float()
     torch.testing.assert_close(found.share, expected, rtol=1e-5, atol=1e-6)
@@ -343,13 +361,13 @@ def test_projection_is_the_best_of_all_planes(steps, count, shape, dims):
         torch.zeros(2, 1, 2),
         torch.ones(5, 3, 1, 8, 8),
         torch.arange(3.0).reshape(3, 1, 1),
-        noise(0, 2, (1, 1, 8, 8)),
+        draw_noise(0, 2, (1, 1, 8, 8)),
     ],
     ids=["zeros", "still", "one element", "one sample, one move"],
 )
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_projection_without_directions(xs, dims):
-    found = projection(xs, dims)
+    found = fit_projection(xs, dims)
     assert (
         found.points.isfinite().all()
         and found.share.isfinite().all()
@@ -359,32 +377,32 @@ def test_projection_without_directions(xs, dims):
 
 
 def test_projection_of_nothing_finite_and_of_wrong_dims():
-    assert not projection(torch.full((3, 2, 4), float("nan"))).share.any()
+    assert not fit_projection(torch.full((3, 2, 4), float("nan"))).share.any()
     for dims in (0, 17, 1.5, True, "2"):
-        assert "dims" in complaint(projection, torch.ones(3, 2, 4), dims)
+        assert "dims" in error_of(fit_projection, torch.ones(3, 2, 4), dims)
 
 
 def test_projection_does_not_flip():
     xs = walked(6).xs
-    again = projection(xs + 1e-6 * noise(3, 7 * 5, (2,)).unflatten(0, (7, 5)))
-    assert (projection(xs).points - again.points).abs().max() < 1e-3
+    again = fit_projection(xs + 1e-6 * draw_noise(3, 7 * 5, (2,)).unflatten(0, (7, 5)))
+    assert (fit_projection(xs).points - again.points).abs().max() < 1e-3
 
 
 # the field and the table
 
 
 def test_field_of_the_plane():
-    points, vs = field_of(TWO, torch.tensor([1.0, 0.5, 0.25]), 2.0, 7)
+    points, vs = velocity_field(TWO, torch.tensor([1.0, 0.5, 0.25]), 2.0, 7)
     assert points.shape == (49, 2) and vs.shape == (3, 49, 2) and points.abs().max() == 2
     assert torch.equal(vs[1], TWO(points, torch.full((49,), 0.5)))
     assert points[:7, 1].unique().tolist() == [-2.0] and points[:7, 0].diff().min() > 0
-    assert "side = '1'" in complaint(field_of, TWO, torch.ones(1), 2.0, 1)
+    assert "side = '1'" in error_of(velocity_field, TWO, torch.ones(1), 2.0, 1)
 
 
 def test_moves_as_json_and_csv():
     tau = walked(4, 9)
     errors = torch.stack([item[2] for item in local_error(tau, TWO)])
-    rows = moves(tau, local_error=errors[:3])
+    rows = summarize_moves(tau, local_error=errors[:3])
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     assert [row["move"] for row in rows] == [1, 2, 3, 4] and [row["t"] for row in rows[1:]] == [
         row["t_next"] for row in rows[:-1]
@@ -393,7 +411,7 @@ def test_moves_as_json_and_csv():
         rows[2]["local_error"] == pytest.approx(errors[2].median().item())
         and rows[3]["local_error"] is None
     )
-    assert rows[1]["speed_low"] == pytest.approx(speed(tau)[1].quantile(0.25).item())
+    assert rows[1]["speed_low"] == pytest.approx(move_speed(tau)[1].quantile(0.25).item())
     out = io.StringIO()
     table = csv.DictWriter(out, rows[0])
     table.writeheader()
@@ -407,4 +425,4 @@ def test_moves_as_json_and_csv():
     "values", [torch.ones(5, 9), torch.ones(4, 8), torch.ones(4), torch.ones(2, 4, 9)]
 )
 def test_moves_refuses_what_is_not_a_number_a_move(values):
-    assert complaint(moves, walked(4, 9), gap=values).startswith("gap has the shape")
+    assert error_of(summarize_moves, walked(4, 9), gap=values).startswith("gap has the shape")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import nbformat
 
-
 HEAD = re.compile(r"^#%% (md|py)(?: tags=(\S+))?$")
 
 

@@ -26,7 +26,6 @@ import threading
 import time
 from pathlib import Path
 
-
 RESULT = "application/vnd.cudlab.result+json"
 NOISE = "[IPKernelApp]"
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
@@ -56,7 +55,13 @@ def lasting(fd: int) -> io.TextIOWrapper:
 
 def code_of(error: str) -> int:
     "The exit status for an error that ended a notebook, by the name of its class."
-    known = {"ValueError": 2, "Stopped": 3, "Lost": 3, "Diverged": 4, "Damaged": 5}
+    known = {
+        "ValueError": 2,
+        "TrainingStopped": 3,
+        "ProcessLost": 3,
+        "Diverged": 4,
+        "CorruptData": 5,
+    }
     found = getattr(builtins, error, None)
     return known.get(error) or (5 if isinstance(found, type) and issubclass(found, OSError) else 1)
 
@@ -68,8 +73,8 @@ def refuse(notebook: str, params: dict) -> None:
     book, space = Path(notebook).resolve(), {}
     if book not in (NOTEBOOKS / "train.ipynb", NOTEBOOKS / "evaluate.ipynb"):
         return
-    from cudlab import data, net, run
-    from cudlab.core import pick
+    from cudlab import data, evaluate, features, methods, net, training
+    from cudlab.config import lookup
 
     try:
         for cell in json.loads(book.read_text())["cells"]:
@@ -77,21 +82,19 @@ def refuse(notebook: str, params: dict) -> None:
                 exec("".join(cell["source"]), space)
     except Exception:
         return  # somebody is writing it: the kernel says where it fails
-    params = run.given(space) | params
+    params = training.notebook_parameters(space) | params
     if book.name == "train.ipynb":
-        config, job = run.parameters(params)
-        run.place(config, job.name)
-        run.teacher_of(run.method_of(config), config)
+        config, job = training.parse_parameters(params)
+        training.resolve_run_dir(config, job.name)
+        training.open_teacher(methods.make_method(config), config)
         if config.net != "auto":
-            pick("network", config.net, net.NETS)
+            lookup("network", config.net, net.NETS)
         if config.data not in data.DATA:
-            data.load(config.data)
+            data.load_data(config.data)
     else:
-        from cudlab import metrics
-
-        job = metrics.evaluation(params)
+        job = evaluate.parse_evaluation(params)
         if job.extractor and ":" not in job.extractor:
-            pick("feature extractor", job.extractor, metrics.FEATURES)
+            lookup("feature extractor", job.extractor, features.FEATURES)
         for target in job.targets():
             job.points(target)
 
@@ -100,18 +103,18 @@ def verdict() -> None:
     """A process of its own, so that torch loads beside papermill and is gone when the job runs: the
     request comes on stdin, the answer goes to stdout.
     """
-    from cudlab.core import Damaged, settings
+    from cudlab.config import CorruptData, get_settings
 
     request = sys.stdin.read()
     if not request:
         return  # papermill did not understand the command line
     folder, code, why, request = "", 0, "", json.loads(request)
     try:
-        folder = str(settings().runs_path / ".jobs")
+        folder = str(get_settings().runs_path / ".jobs")
         with contextlib.chdir(request["cwd"] or "."):
             refuse(request["notebook"], request["params"])
     except (ValueError, OSError) as e:
-        code, why = 5 if isinstance(e, (Damaged, OSError)) else 2, str(e)
+        code, why = 5 if isinstance(e, (CorruptData, OSError)) else 2, str(e)
     print(json.dumps([folder, code, why]))
 
 
@@ -289,7 +292,7 @@ def main(notebook: str, *args: str) -> int:
         )  # the second one of `timeout` may come on the way out
     run = result(out)
     status = (
-        subprocess.run([sys.executable, "-m", "cudlab.run", "adopt", run, str(out)]).returncode
+        subprocess.run([sys.executable, "-m", "cudlab.cli", "adopt", run, str(out)]).returncode
         if run
         else 0
     )

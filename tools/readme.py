@@ -12,7 +12,6 @@ import nbformat
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
-
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "docs/index_files"
 LINK = re.compile(r"(\]\(|(?:src|href)=\")(?![a-z]+:|#|/)([^)\"\s]+)")

@@ -17,13 +17,15 @@ from pathlib import Path
 import gradio as gr
 import torch
 
-from cudlab.core import Args, guess, spec
+from cudlab.catalog import list_runs
+from cudlab.config import Options, did_you_mean, option
 from cudlab.data import POINTS
 from cudlab.dode import NATIVE
+from cudlab.methods import METHODS
+from cudlab.multistep import SOLVERS, Solver, find_steps
 from cudlab.path import GRIDS
-from cudlab.run import METHODS, Run, runs
-from cudlab.solver import SOLVERS, Solver, Trajectory, steps_for
-
+from cudlab.run import Run
+from cudlab.solver import Trajectory
 
 LOG = logging.getLogger("cudlab.explorer")
 MOST = dict(
@@ -34,38 +36,38 @@ LOWER = {"auto": None, "yes": True, "no": False}
 
 
 @dataclass
-class Ask(Args):
+class SampleForm(Options):
     "Everything on the form that decides a picture."
 
-    run: str = spec("", "the run to sample")
-    weights: str = spec("ema", "average or raw weights", choices=("ema", "raw"))
-    head: int = spec(1, "output head of the network", low=1, high=64)
-    solver: str = spec("euler", "a name in SOLVERS, or a learned solver that fits the run")
-    by: str = spec("steps", "what the amount counts", choices=("steps", "NFE"))
-    amount: int = spec(8, "steps or NFE", low=1, high=MOST["nfe"])
-    grid: str = spec("uniform", "time grid", choices=(*GRIDS, NATIVE))
-    seed: int = spec(0, "seed of the starting noise", low=0, high=2**53 - 1)
-    count: int = spec(8, "samples", low=1, high=MOST["count"])
-    label: str = spec(ANY, "class")
-    guidance: float = spec(1.0, "guidance scale", low=0, high=20)
-    lower_order_final: str = spec("auto", "lower orders in the last moves", choices=tuple(LOWER))
-    denoise: bool = spec(True, "last move to t = 0")
+    run: str = option("", "the run to sample")
+    weights: str = option("ema", "average or raw weights", choices=("ema", "raw"))
+    head: int = option(1, "output head of the network", low=1, high=64)
+    solver: str = option("euler", "a name in SOLVERS, or a learned solver that fits the run")
+    by: str = option("steps", "what the amount counts", choices=("steps", "NFE"))
+    amount: int = option(8, "steps or NFE", low=1, high=MOST["nfe"])
+    grid: str = option("uniform", "time grid", choices=(*GRIDS, NATIVE))
+    seed: int = option(0, "seed of the starting noise", low=0, high=2**53 - 1)
+    count: int = option(8, "samples", low=1, high=MOST["count"])
+    label: str = option(ANY, "class")
+    guidance: float = option(1.0, "guidance scale", low=0, high=20)
+    lower_order_final: str = option("auto", "lower orders in the last moves", choices=tuple(LOWER))
+    denoise: bool = option(True, "last move to t = 0")
 
 
-NAMES = [f.name for f in fields(Ask)]
+NAMES = [f.name for f in fields(SampleForm)]
 
 
 # Errors
 
 
-def sentence(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     "What went wrong in one line of at most 200 characters, safe to show as HTML."
     words = " ".join(str(error).split()) or type(error).__name__
     return html.escape(words if len(words) <= 190 else words[:187] + "...", quote=False)[:200]
 
 
 @contextmanager
-def in_words():
+def as_one_line():
     "Turn whatever goes wrong into one sentence for the person; the trace goes to the log."
     try:
         yield
@@ -73,11 +75,11 @@ def in_words():
         raise
     except ValueError as e:
         raise gr.Error(
-            sentence(e), duration=8, title="Not possible", print_exception=False
+            error_line(e), duration=8, title="Not possible", print_exception=False
         ) from None
     except FileNotFoundError as e:
         raise gr.Error(
-            f"a file of this run is gone: {sentence(e)[:150]}",
+            f"a file of this run is gone: {error_line(e)[:150]}",
             duration=8,
             title="Run changed",
             print_exception=False,
@@ -131,12 +133,12 @@ OPENED = OrderedDict()
 GUARD = threading.Lock()
 
 
-def listed() -> list:
+def listed_runs() -> list:
     "What the lab knows of its runs: yours first, the newest on top, then those that ship."
-    return [r for r in runs() if not ONLY or r.name in ONLY]
+    return [r for r in list_runs() if not ONLY or r.name in ONLY]
 
 
-def manifest(folder) -> tuple:
+def manifest_stamp(folder) -> tuple:
     "When and how long the manifest of a run is: it changes whenever the run does."
     try:
         stat = (Path(folder) / "MANIFEST.json").stat()
@@ -145,43 +147,45 @@ def manifest(folder) -> tuple:
         return 0, 0
 
 
-def menu() -> list:
+def run_choices() -> list:
     "Choices of the run menu: (what a person reads, id)."
     part = lambda r: "" if r.step == r.steps else f", step {r.step:,} of {r.steps:,}"
     return [
-        (f"{r.name}  ·  {r.method} on {r.data}{part(r)}", r.name) for r in listed() if not r.damaged
+        (f"{r.name}  ·  {r.method} on {r.data}{part(r)}", r.name)
+        for r in listed_runs()
+        if not r.damaged
     ]
 
 
-def opened(name) -> Run:
+def open_run(name) -> Run:
     "An open run; the last four stay in memory as long as their manifests do not change."
     if not isinstance(name, str) or not name:
-        raise ValueError("no run is chosen; train one with: python -m cudlab.run train")
-    known = {r.name: r for r in listed()}
+        raise ValueError("no run is chosen; train one with: python -m cudlab.cli train")
+    known = {r.name: r for r in listed_runs()}
     if name not in known:
         raise ValueError(
-            f"the run {name[:60]!r} is not here (any more){guess(name, known)}; reload the page "
+            f"the run {name[:60]!r} is not here (any more){did_you_mean(name, known)}; reload the page "
             "for the runs there are"
         )
     if known[name].damaged:
         raise ValueError(f"the run {name!r} is damaged: {known[name].damaged}")
-    key = str(known[name].path), manifest(known[name].path)
+    key = str(known[name].dir), manifest_stamp(known[name].dir)
     with GUARD:
         if key not in OPENED:
             for stale in [k for k in OPENED if k[0] == key[0]]:
                 del OPENED[stale]
-            OPENED[key] = Run(known[name].path)
+            OPENED[key] = Run(known[name].dir)
             while len(OPENED) > 4:
                 OPENED.popitem(last=False)
         OPENED.move_to_end(key)
         return OPENED[key]
 
 
-def preferred(wanted: str = "") -> str:
+def default_run(wanted: str = "") -> str:
     """The run a page opens with: the one wanted, else your newest that is finished, else one that
     ships, on full-size pictures if there is one, else one under way; None if there is none.
     """
-    good = [r for r in listed() if not r.damaged]
+    good = [r for r in listed_runs() if not r.damaged]
     rank = lambda r: (
         r.name != wanted,
         not r.step,
@@ -193,12 +197,12 @@ def preferred(wanted: str = "") -> str:
     return min(good, key=rank).name if good else None
 
 
-def labels(run: Run) -> list:
+def class_choices(run: Run) -> list:
     "The classes that can be asked for: none where the run was trained without labels."
     return list(run.classes) if run.config.classes else []
 
 
-def flat(run: Run) -> bool:
+def is_planar(run: Run) -> bool:
     "Whether the samples are points of the plane."
     return len(run.shape) == 1
 
@@ -206,11 +210,11 @@ def flat(run: Run) -> bool:
 # Solvers: those of the lab, and the learned ones that fit a run
 
 
-def learned(run: Run = None) -> list:
+def learned_solvers(run: Run = None) -> list:
     "The finished runs that hold a solver, those that fit the network of a run if one is given."
     held = [
-        Run(r.path)
-        for r in listed()
+        Run(r.dir)
+        for r in listed_runs()
         if not r.damaged
         and r.step == r.steps
         and METHODS[r.method].product == "solver"
@@ -219,50 +223,50 @@ def learned(run: Run = None) -> list:
     if run is None:
         return [h.name for h in held]
     try:
-        network = run.source.network_hash()
+        network = run.network_run.network_hash()
     except ValueError:
         return []
     return [h.name for h in held if h.info["teacher"]["network"] == network]
 
 
-def possible(run: Run) -> list:
+def solver_names(run: Run) -> list:
     "The solvers a run can be sampled with: those of the lab, and the learned ones that fit it."
-    return [n for n in [*SOLVERS, *learned(run)] if not run.refuses(solver=n)]
+    return [n for n in [*SOLVERS, *learned_solvers(run)] if not run.refuses(solver=n)]
 
 
-def kept(run: Run, names: list, solver) -> str:
+def keep_solver(run: Run, names: list, solver) -> str:
     """The solver to go on with on a run: the one it is made for, else the one there was if it is
     offered, else Euler.
     """
-    own = run.own["solver"]
+    own = run.sampling_defaults["solver"]
     return next(
         (s for s in ([] if own == "euler" else [own]) + [solver, own] if s in names), "euler"
     )
 
 
-def offered(names: list) -> list:
+def solver_choices(names: list) -> list:
     "Choices of a solver menu: (what a person reads, name)."
     return [(n if n in SOLVERS else f"{n}  ·  learned", n) for n in names]
 
 
-def entry(name: str, run: Run = None) -> Solver:
+def find_entry(name: str, run: Run = None) -> Solver:
     "The solver of that name, if it is offered (for a run)."
     if name in SOLVERS:
         return SOLVERS[name]
-    if name in learned(run):
-        return opened(name).solver()
-    if name in learned():
+    if name in learned_solvers(run):
+        return open_run(name).solver()
+    if name in learned_solvers():
         raise ValueError(
-            f"{name} was fitted for the network of {opened(name).info['teacher']['name']}, not "
+            f"{name} was fitted for the network of {open_run(name).info['teacher']['name']}, not "
             f"for the one of {run.name}"
         )
     raise ValueError(
         f"the solver {name[:60]!r} is not offered "
-        f"here{guess(name[:60], [*SOLVERS, *learned(run)])}; choose one of the list"
+        f"here{did_you_mean(name[:60], [*SOLVERS, *learned_solvers(run)])}; choose one of the list"
     )
 
 
-def moves(
+def count_moves(
     name: str, solver: Solver, by: str, amount: int, denoise: bool = True, guided: bool = False
 ) -> int:
     "The number of moves an amount of steps or NFE stands for; with guidance a call counts twice."
@@ -275,7 +279,7 @@ def moves(
         if amount > MOST["steps"]:
             raise ValueError(f"steps = {amount} is out of range: at most {MOST['steps']}")
         return amount
-    if solver.calls is None:
+    if solver.nfe is None:
         raise ValueError(f"{name} chooses its calls itself: ask for steps instead of NFE")
     if guided:
         if amount % 2:
@@ -284,9 +288,9 @@ def moves(
                 f"{amount - 1 or 2} or {amount + 1} is"
             )
         amount //= 2
-    steps = steps_for(solver, amount, denoise)
+    steps = find_steps(solver, amount, denoise)
     if steps is None:
-        costs = [solver.calls(n, denoise) for n in ([only] if solver.ts else range(1, amount + 2))]
+        costs = [solver.nfe(n, denoise) for n in ([only] if solver.ts else range(1, amount + 2))]
         near = (
             max((c for c in costs if c < amount), default=""),
             min((c for c in costs if c > amount), default=""),
@@ -300,7 +304,7 @@ def moves(
     return steps
 
 
-def guided(label, guidance) -> bool:
+def is_guided(label, guidance) -> bool:
     "Whether every step asks the network twice, with and without the class."
     return label != ANY and guidance != 1
 
@@ -309,18 +313,18 @@ def guided(label, guidance) -> bool:
 
 
 @dataclass(frozen=True)
-class Walk:
-    "A checked request: the run, the number of moves, and the arguments of `Run.walk`."
+class SampleRequest:
+    "A checked request: the run, the number of moves, and the arguments of `Run.iterate`."
 
-    ask: Ask
+    ask: SampleForm
     run: Run
     steps: int
-    choices: dict  # of Run.walk and Run.solve
+    choices: dict  # of Run.iterate and Run.solve
 
     def states(self):
         "The states as they come, with a limit on the time."
         clock = Clock()
-        for state in self.run.walk(**self.choices):
+        for state in self.run.iterate(**self.choices):
             clock.check()
             yield state
 
@@ -346,28 +350,28 @@ class Walk:
         )
 
 
-def asked(form) -> Walk:
+def parse_form(form) -> SampleRequest:
     "The form as a walk that can be made, or a `ValueError`."
-    ask = Ask(**dict(zip(NAMES, form)))
-    run = opened(ask.run)
-    steps = moves(
+    ask = SampleForm(**dict(zip(NAMES, form)))
+    run = open_run(ask.run)
+    steps = count_moves(
         ask.solver,
-        entry(ask.solver, run),
+        find_entry(ask.solver, run),
         ask.by,
         ask.amount,
         ask.denoise,
-        guided(ask.label, ask.guidance),
+        is_guided(ask.label, ask.guidance),
     )
     y = None
     if ask.label != ANY:
-        if ask.label not in labels(run):
+        if ask.label not in class_choices(run):
             raise ValueError(
-                f"class = {ask.label[:40]!r} is not one of {', '.join([ANY, *labels(run)])}"
+                f"class = {ask.label[:40]!r} is not one of {', '.join([ANY, *class_choices(run)])}"
             )
-        y = labels(run).index(ask.label)
+        y = class_choices(run).index(ask.label)
     if ask.head > run.heads:
         raise ValueError(f"head = {ask.head} is out of range: {run.name} has {run.heads}")
-    return Walk(
+    return SampleRequest(
         ask,
         run,
         steps,
@@ -387,7 +391,7 @@ def asked(form) -> Walk:
     )
 
 
-def timed(states):
+def time_states(states):
     "Each state with the seconds it took, what is done between two of them not counted."
     while True:
         began = time.perf_counter()
@@ -400,26 +404,26 @@ def timed(states):
 WALKS = OrderedDict()
 
 
-def trajectory(states: list, run: Run) -> Trajectory:
+def to_trajectory(states: list, run: Run) -> Trajectory:
     "The states of a walk as a trajectory on the CPU."
     return Trajectory(
         torch.tensor([float(s.t) for s in states]),
         torch.stack([s.x for s in states]).cpu(),
         torch.stack([s.v for s in states[1:]]).cpu(),
         states[-1].nfe,
-        run.noise_path,
+        run.path,
     )
 
 
-def remember(walk: Walk, tau: Trajectory = None) -> Trajectory:
+def remember_walk(walk: SampleRequest, tau: Trajectory = None) -> Trajectory:
     """Keep a finished trajectory for whoever asks for exactly the same next, or find one; None if
     it is not kept (any more).
     """
     key = (
         *asdict(walk.ask).values(),
-        str(walk.run.path),
-        manifest(walk.run.path),
-        manifest(walk.run.source.path),
+        str(walk.run.dir),
+        manifest_stamp(walk.run.dir),
+        manifest_stamp(walk.run.network_run.dir),
     )
     size = lambda t: t.xs.numel() * 8
     with GUARD:
@@ -430,19 +434,19 @@ def remember(walk: Walk, tau: Trajectory = None) -> Trajectory:
         return WALKS.get(key)
 
 
-def finished(walk: Walk) -> Trajectory:
+def solve_request(walk: SampleRequest) -> Trajectory:
     "The whole trajectory of a walk: the one kept, or made now."
-    tau = remember(walk)
+    tau = remember_walk(walk)
     if tau is None:
-        tau = trajectory(list(walk.states()), walk.run)
-        remember(walk, tau)
+        tau = to_trajectory(list(walk.states()), walk.run)
+        remember_walk(walk, tau)
     return tau
 
 
 # Small pieces of a page
 
 
-def numbers(pairs: list) -> str:
+def figures_html(pairs: list) -> str:
     "Figures with small-caps names above them."
     return (
         "<dl class='numbers'>"
@@ -454,7 +458,7 @@ def numbers(pairs: list) -> str:
     )
 
 
-def table(rows: list, columns: list, caption: str) -> str:
+def table_html(rows: list, columns: list, caption: str) -> str:
     "Dicts as an HTML table."
     cell = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
     head = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in columns)
@@ -469,7 +473,7 @@ def table(rows: list, columns: list, caption: str) -> str:
     )
 
 
-def folded(name: str, inside: str) -> str:
+def details_html(name: str, inside: str) -> str:
     "A table alternative that stays out of the way until it is wanted."
     return f"<details class='folded'><summary>{html.escape(name)}</summary>{inside}</details>"
 

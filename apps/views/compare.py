@@ -6,50 +6,50 @@ import gradio as gr
 import torch
 
 from cudlab import plot
-from cudlab.metrics import interval, keep
-from cudlab.solver import solve
-from cudlab.trajectory import rms
+from cudlab.distances import mean_interval
+from cudlab.multistep import solve
+from cudlab.scoring import memoize
+from cudlab.trajectory import root_mean_square
 from views.ask import (
     NAMES,
-    Walk,
-    asked,
+    SampleRequest,
+    as_one_line,
     data_url,
-    entry,
-    flat,
-    in_words,
-    kept,
-    manifest,
-    numbers,
-    opened,
-    possible,
-    remember,
-    table,
-    timed,
-    trajectory,
+    figures_html,
+    find_entry,
+    is_planar,
+    keep_solver,
+    manifest_stamp,
+    open_run,
+    parse_form,
+    remember_walk,
+    solver_names,
+    table_html,
+    time_states,
+    to_trajectory,
 )
 from views.trajectory import cloud, mosaic, reference
-
 
 NONE = "none"
 COLUMN = ("run", "solver", "amount", "grid", "weights", "head")
 LETTERS = "ABCD"
 
 
-def goal(walk: Walk) -> tuple:
+def goal(walk: SampleRequest) -> tuple:
     "(name of the reference, where its flow takes this noise); computed once."
     name, flow = reference(walk)
-    ask, root = walk.ask, walk.run.root
+    ask, root = walk.ask, walk.run.reference_run
 
     def compute():
-        x = next(walk.run.walk(**walk.choices)).x.cpu()
+        x = next(walk.run.iterate(**walk.choices)).x.cpu()
         with torch.no_grad():
-            return solve(flow, x, torch.linspace(1, 0, 65), "heun", root.noise_path).x
+            return solve(flow, x, torch.linspace(1, 0, 65), "heun", root.path).x
 
-    return name, keep(
+    return name, memoize(
         (
             "goal",
-            str(root.path),
-            manifest(root.path),
+            str(root.dir),
+            manifest_stamp(root.dir),
             walk.run.config.method,
             ask.weights,
             ask.head,
@@ -64,7 +64,7 @@ def goal(walk: Walk) -> tuple:
 
 def paired(values: torch.Tensor) -> str:
     "Mean and 95 % interval over the samples."
-    mean, low, high = interval(values.tolist())
+    mean, low, high = mean_interval(values.tolist())
     return f"{mean:.4f}" if len(values) < 2 else f"{mean:.4f} [{low:.4f}, {high:.4f}]"
 
 
@@ -88,7 +88,7 @@ def columns_of(seed, count, row) -> list:
             | values
         )
         try:
-            walk = asked([form[n] for n in NAMES])
+            walk = parse_form([form[n] for n in NAMES])
             if why := walk.run.refuses(
                 **{k: walk.choices[k] for k in ("solver", "steps", "grid", "denoise", "guidance")}
             ):
@@ -111,23 +111,23 @@ def columns_of(seed, count, row) -> list:
 
 def compared(seed, count, *row):
     "Stream the columns: (their pictures, their points, figures, table) as each is done."
-    with in_words():
+    with as_one_line():
         columns, lines, ends, spent = columns_of(seed, count, row), [], {}, {}
-        plane = flat(columns[0][1].run)
+        plane = is_planar(columns[0][1].run)
         text = ""
         for letter, walk in columns:
             states, spent[letter] = [], 0.0
-            for state, took in timed(walk.states()):
+            for state, took in time_states(walk.states()):
                 spent[letter] += took
                 states.append(state)
                 yield (
                     text,
                     gr.skip(),
-                    numbers([("column", f"{letter}, step {state.i} of {walk.steps}")]),
+                    figures_html([("column", f"{letter}, step {state.i} of {walk.steps}")]),
                     "",
                 )
-            tau = trajectory(states, walk.run)
-            remember(walk, tau)
+            tau = to_trajectory(states, walk.run)
+            remember_walk(walk, tau)
             ends[letter] = tau
             if not plane:
                 sheet = mosaic(tau.x)
@@ -138,21 +138,21 @@ def compared(seed, count, *row):
                             letter=letter,
                             name=name_of(walk),
                             words=f"{tau.nfe:g} NFE, {1000 * spent[letter]:.0f} ms",
-                            src=data_url(plot.encoded(sheet), "image/png"),
+                            src=data_url(plot.encode_image(sheet), "image/png"),
                         )
                     )
                     + "\n"
                 )
                 yield text, gr.skip(), gr.skip(), gr.skip()
         figure = (
-            plot.endpoints(
+            plot.endpoint_chart(
                 {f"{letter} {name_of(walk)}": ends[letter].x for letter, walk in columns},
                 cloud(columns[0][1].run.config.data),
             )
             if plane
             else None
         )
-        yield text, figure, numbers([("the reference", "Heun, 64 steps")]), gr.skip()
+        yield text, figure, figures_html([("the reference", "Heun, 64 steps")]), gr.skip()
         apart = {}
         for letter, walk in columns:
             tau = ends[letter]
@@ -165,13 +165,13 @@ def compared(seed, count, *row):
             }
             try:
                 name, x = goal(walk)
-                apart[letter] = rms(tau.x - x)
+                apart[letter] = root_mean_square(tau.x - x)
                 line |= {"reference": name, "distance to it": paired(apart[letter])}
             except ValueError as e:
                 line |= {"reference": str(e)[:120]}
             first = columns[0][0]
             if letter != first:
-                line[f"from {first}"] = paired(rms(tau.x - ends[first].x))
+                line[f"from {first}"] = paired(root_mean_square(tau.x - ends[first].x))
                 if letter in apart and first in apart:
                     line[f"nearer than {first} by"] = paired(apart[first] - apart[letter])
             lines.append(line)
@@ -179,14 +179,14 @@ def compared(seed, count, *row):
         yield (
             text,
             gr.skip(),
-            numbers(
+            figures_html(
                 [
                     ("samples", columns[0][1].ask.count),
                     ("seed", columns[0][1].ask.seed),
                     ("columns", len(columns)),
                 ]
             ),
-            table(
+            table_html(
                 lines,
                 names,
                 "root mean square distances, mean over the samples and 95 % interval; the same "
@@ -195,7 +195,7 @@ def compared(seed, count, *row):
         )
 
 
-def name_of(walk: Walk) -> str:
+def name_of(walk: SampleRequest) -> str:
     "A column in words."
     ask = walk.ask
     rest = [
@@ -212,19 +212,21 @@ def seated(name, solver="euler", amount=4) -> tuple:
     """Solver, NFE, grid and head of a column when its run or solver is chosen: what that leaves no
     choice about is set.
     """
-    with in_words():
+    with as_one_line():
         if name in (None, "", NONE):
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
-        run = opened(name)
-        solver = solver if solver in possible(run) else kept(run, possible(run), solver)
-        made = entry(solver, run)
-        if run.fixed:
-            return solver, made.calls(run.fixed["steps"]), run.fixed["grid"], 1
+        run = open_run(name)
+        solver = (
+            solver if solver in solver_names(run) else keep_solver(run, solver_names(run), solver)
+        )
+        made = find_entry(solver, run)
+        if run.sampling_fixed:
+            return solver, made.nfe(run.sampling_fixed["steps"]), run.sampling_fixed["grid"], 1
         if made.ts:
-            return solver, made.calls(len(made.ts) - 1), made.grid, made.made_for["head"]
+            return solver, made.nfe(len(made.ts) - 1), made.grid, made.made_for["head"]
         return (
             solver,
-            run.own["steps"] if amount == 1 else gr.skip(),
+            run.sampling_defaults["steps"] if amount == 1 else gr.skip(),
             gr.skip(),
             gr.skip() if run.heads > 1 else 1,
         )
@@ -232,7 +234,7 @@ def seated(name, solver="euler", amount=4) -> tuple:
 
 def script(seed, count, *row) -> str:
     "The Python that makes the same columns."
-    with in_words():
+    with as_one_line():
         made = {letter.lower(): walk.script() for letter, walk in columns_of(seed, count, row)}
         a, b = [*made, *made][:2]
         return "\n".join(

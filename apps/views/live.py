@@ -19,30 +19,35 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 
-from cudlab import plot
-from cudlab.core import guess, settings
-from cudlab.metrics import comparable, curve
-from cudlab.run import Run, clock, from_words, held, known, method_of, parameters, place, teacher_of
+from cudlab import plot, tradeoff
+from cudlab.catalog import get_run_info
+from cudlab.checkpoint import is_locked
+from cudlab.cli import parse_words
+from cudlab.config import did_you_mean, get_settings
+from cudlab.evaluate import score_curve
+from cudlab.methods import make_method
+from cudlab.run import Run
+from cudlab.scoring import why_incomparable
+from cudlab.training import format_time, open_teacher, parse_parameters, resolve_run_dir
 from views.ask import (
     Clock,
+    as_one_line,
     data_url,
-    flat,
-    in_words,
-    listed,
-    manifest,
-    numbers,
-    opened,
-    possible,
-    sentence,
+    error_line,
+    figures_html,
+    is_planar,
+    listed_runs,
+    manifest_stamp,
+    open_run,
+    solver_names,
 )
-
 
 # whether jobs may be started from the page; the explorer sets it where only this machine can reach
 # it
 ALLOWED = False
 OFF = (
     "jobs cannot be started, stopped or continued from here: only a page that is served to its "
-    "own machine alone may do that; use python -m cudlab.run train"
+    "own machine alone may do that; use python -m cudlab.cli train"
 )
 EVERY = 2.0
 LONGEST = 2000
@@ -77,7 +82,7 @@ def own(host) -> bool:
 
 def jobs() -> Path:
     "Where logs of jobs are, and what the page has started last."
-    return settings().runs_path / ".jobs"
+    return get_settings().runs_path / ".jobs"
 
 
 def started() -> str:
@@ -91,15 +96,15 @@ def started() -> str:
 def busy() -> str:
     "The run of the job from a page that has not ended yet, or ''."
     name = started()
-    running = any(r.name == name and r.status == "running" for r in listed())
-    return name if name and (running or held(jobs() / "page.lock")) else ""
+    running = any(r.name == name and r.status == "running" for r in listed_runs())
+    return name if name and (running or is_locked(jobs() / "page.lock")) else ""
 
 
 def mine() -> list:
     "Your runs: what is running, then what can be continued, then what is done; the newest first."
     rank = {"running": 0, "dead": 1, "failed": 1, "stopped": 2, "new": 2, "diverged": 3}
     return sorted(
-        (r for r in listed() if not r.shipped and not r.damaged),
+        (r for r in listed_runs() if not r.shipped and not r.damaged),
         key=lambda r: rank.get(r.status, 4),
     )
 
@@ -121,20 +126,20 @@ def state(name: str) -> dict:
     """What the disk says of a job: run, status, step, of, saved, pid, steps a second, seconds left,
     and the last lines of its log.
     """
-    with in_words():
+    with as_one_line():
         if not isinstance(name, str) or name not in {r.name for r in mine()} | {started()} - {""}:
             raise ValueError(
                 f"the job {str(name)[:60]!r} is not "
-                f"here{guess(str(name)[:60], [r.name for r in mine()])}; choose one of the list"
+                f"here{did_you_mean(str(name)[:60], [r.name for r in mine()])}; choose one of the list"
             )
         at = dict(
             run=name, status="failed", step=0, of=None, saved=0, pid=None, pace=None, left=None
         )
         if any(r.name == name for r in mine()):
-            info = known(name)
+            info = get_run_info(name)
             at |= dict(status=info.status, step=info.step, of=info.steps, saved=info.step)
             try:
-                beat = json.loads((info.path / "progress.json").read_bytes())
+                beat = json.loads((info.dir / "progress.json").read_bytes())
                 at |= dict(step=max(info.step, beat["step"]), pid=beat["pid"])
                 if info.status == "running" and beat["seconds"]:
                     at |= dict(
@@ -142,7 +147,7 @@ def state(name: str) -> dict:
                     )
             except (OSError, ValueError, KeyError, TypeError):
                 pass
-        if at["status"] != "running" and name == started() and held(jobs() / "page.lock"):
+        if at["status"] != "running" and name == started() and is_locked(jobs() / "page.lock"):
             at["status"] = "ending" if at["status"] == "done" else "starting"
         return at | dict(log=tail(name))
 
@@ -160,7 +165,7 @@ def understood(text) -> tuple:
         raise ValueError(
             f"the parameters cannot be read: {str(e).lower()}; write key=value with spaces between"
         ) from None
-    config, job = parameters(from_words(words))
+    config, job = parse_parameters(parse_words(words))
     for key, value in {**vars(config), **config.args, **vars(job)}.items():
         if isinstance(value, str) and (
             value.startswith((".", "~")) or "/" in value or "\\" in value or "\0" in value
@@ -169,11 +174,11 @@ def understood(text) -> tuple:
                 f"{key} = {value[:60]!r} looks like a path; from a page, runs and data sets are "
                 "given by name"
             )
-    method = method_of(config)
+    method = make_method(config)
     if method.teacher:
-        known(method.teacher)
-    teacher_of(method, config)
-    return config, job, place(config, job.name)
+        get_run_info(method.teacher)
+    open_teacher(method, config)
+    return config, job, resolve_run_dir(config, job.name)
 
 
 def flags(config, job, name: str) -> list:
@@ -194,10 +199,10 @@ def flags(config, job, name: str) -> list:
 
 def launch(config, job, folder: Path) -> str:
     "Start the job as a process of its own and return the run's name; a `ValueError` if one runs."
-    lab, where = settings(), jobs()
-    if folder.name in {r.name for r in listed() if r.damaged}:
+    lab, where = get_settings(), jobs()
+    if folder.name in {r.name for r in listed_runs() if r.damaged}:
         raise ValueError(f"run {folder.name!r} is damaged; choose another name=")
-    info = next((r for r in listed() if r.name == folder.name and not r.shipped), None)
+    info = next((r for r in listed_runs() if r.name == folder.name and not r.shipped), None)
     if info and info.status in ("done", "running"):
         raise ValueError(
             f"run {folder.name!r} is {'trained already' if info.status == 'done' else 'being trained'}; choose another name="
@@ -221,7 +226,7 @@ def launch(config, job, folder: Path) -> str:
                     ) from None
                 time.sleep(0.01)
         if name := next(
-            (r.name for r in listed() if r.name == started() and r.status == "running"), ""
+            (r.name for r in listed_runs() if r.name == started() and r.status == "running"), ""
         ):
             raise ValueError(f"a job is running: {name}; stop it or wait for its end")
         (where / "page.json").write_text(json.dumps({"name": folder.name}))
@@ -243,7 +248,7 @@ def launch(config, job, folder: Path) -> str:
 
 def start(text: str, request: gr.Request = None) -> str:
     "Start a job from key=value words, checked before anything happens; the name of its run."
-    with in_words():
+    with as_one_line():
         permitted(request)
         return launch(*understood(text))
 
@@ -255,26 +260,26 @@ def resumable(at: dict) -> bool:
 
 def resume(name: str, request: gr.Request = None) -> str:
     "Go on with a run that was stopped or killed: the same configuration under the same name."
-    with in_words():
+    with as_one_line():
         permitted(request)
         at = state(name)
         if not resumable(at):
             raise ValueError(
                 f"run {name!r} is {at['status']}; only a run that was stopped or killed can go on"
             )
-        folder = known(name).path
-        config, job = parameters({})
+        folder = get_run_info(name).dir
+        config, job = parse_parameters({})
         return launch(Run(folder).config, job, folder)
 
 
 def stop(name: str, request: gr.Request = None) -> str:
     "Ask a running job to save and end; the name of its run."
-    with in_words():
+    with as_one_line():
         permitted(request)
         at = state(name)
         if at["status"] != "running":
             raise ValueError(f"run {name!r} is {at['status']}; only a running job can be stopped")
-        (known(name).path / "STOP").touch()
+        (get_run_info(name).dir / "STOP").touch()
         return name
 
 
@@ -305,23 +310,24 @@ def told(at: dict) -> str:
     if at["pace"]:
         figures += [
             ("pace", f"{at['pace']:,.3g} steps/s"),
-            ("time left", clock(at["left"]) if at["left"] < 3600 else f"{at['left'] / 3600:.1f} h"),
+            (
+                "time left",
+                format_time(at["left"]) if at["left"] < 3600 else f"{at['left'] / 3600:.1f} h",
+            ),
         ]
     if at["pid"]:
         figures.append(
             ("process", at["pid"] if at["status"] == "running" else f"{at['pid']}, gone")
         )
-    return numbers(figures) + f"<p class='caption' role='status'>{WORDS[at['status']]}</p>"
+    return figures_html(figures) + f"<p class='caption' role='status'>{WORDS[at['status']]}</p>"
 
 
 @lru_cache(4)
 def samples(folder: str, step: int, changed: tuple) -> str:
     "Samples of a run's newest average on fixed noise, in the run's own few steps, as a page."
     run = Run(folder)
-    own = (
-        f"{run.own['steps']} {'step' if run.own['steps'] == 1 else 'steps'} of {run.own['solver']}"
-    )
-    if flat(run):
+    own = f"{run.sampling_defaults['steps']} {'step' if run.sampling_defaults['steps'] == 1 else 'steps'} of {run.sampling_defaults['solver']}"
+    if is_planar(run):
         x = run.solve(seed=0, index=400).x.cpu()
         dots = "".join(
             f"<circle cx='{a:.2f}' cy='{-b:.2f}' r='.03'/>"
@@ -334,9 +340,9 @@ def samples(folder: str, step: int, changed: tuple) -> str:
     else:
         x = run.solve(seed=0, index=16).x.cpu()
         scale = max(1, round(48 / x.shape[-1]))
-        picture = plot.film(x.unflatten(0, (2, 8)).transpose(0, 1), scale, 1)
+        picture = plot.film_strip(x.unflatten(0, (2, 8)).transpose(0, 1), scale, 1)
         shown = (
-            f"<img src='{data_url(plot.encoded(picture), 'image/png')}' "
+            f"<img src='{data_url(plot.encode_image(picture), 'image/png')}' "
             f"width='{picture.width}' height='{picture.height}' alt='16 samples' "
             "style='image-rendering: pixelated; max-width: 100%; height: auto; margin: 0 0 8px'>"
         )
@@ -353,14 +359,14 @@ def measured(run: Run):
         and isinstance(s.get("fd"), (int, float))
         and s.get("nfe")
     ]
-    mine = [s for s in mine if not comparable(mine[-1], s)]
+    mine = [s for s in mine if not why_incomparable(mine[-1], s)]
     if not mine:
         return (
             None,
             f"<p class='caption'>Nothing is measured at step {run.step:,} yet: <code>papermill "
             f"nbs/evaluate.ipynb scores.ipynb -p run {html.escape(run.name)}</code></p>",
         )
-    return plot.quality(
+    return tradeoff.quality_chart(
         mine, height=300
     ), f"<p class='caption'>{len(mine)} scores of the average of step {run.step:,}.</p>"
 
@@ -369,20 +375,22 @@ def scored(name, progress=gr.Progress()):
     """Measure the newest average at 1 to 8 calls with 500 samples each: (chart, caption) after each
     point.
     """
-    with in_words():
+    with as_one_line():
         state(name)
-        run, clock = opened(name), Clock(2)
+        run, clock = open_run(name), Clock(2)
         if not run.step:
             raise ValueError(f"run {name!r} has no checkpoint yet, so there is nothing to measure")
         solvers = tuple(
-            s for s in dict.fromkeys((run.own["solver"], "euler", "ab2")) if s in possible(run)
+            s
+            for s in dict.fromkeys((run.sampling_defaults["solver"], "euler", "ab2"))
+            if s in solver_names(run)
         )
 
         def tell(done, size):
             clock.check()
             progress((done, size), desc="one point", unit="samples")
 
-        for score in curve(run, solvers, (1, 2, 4, 8), progress=tell, n=500):
+        for score in score_curve(run, solvers, (1, 2, 4, 8), progress=tell, n=500):
             run.add_score(score)
             chart, caption = measured(run)
             yield gr.update(value=chart, visible=True), caption
@@ -412,22 +420,22 @@ def view(name) -> tuple:
     )
     if at["of"] is None:
         return told(at), "", "", gr.update(value=None, visible=False), "", log
-    with in_words():
-        folder = known(name).path
+    with as_one_line():
+        folder = get_run_info(name).dir
         run = Run(folder)
         loss = (
-            plot.training(run.metrics).update_layout(uirevision=name).to_json()
+            plot.training_chart(run.metrics).update_layout(uirevision=name).to_json()
             if run.metrics
             else ""
         )
         try:
             drawn = (
-                samples(str(folder), run.step, manifest(folder))
+                samples(str(folder), run.step, manifest_stamp(folder))
                 if run.step
                 else "<p class='caption'>No checkpoint yet.</p>"
             )
         except ValueError as e:
-            drawn = f"<p class='caption'>{sentence(e)}</p>"
+            drawn = f"<p class='caption'>{error_line(e)}</p>"
         chart, caption = measured(run)
         if chart:
             chart.update_layout(uirevision=f"{name} {run.step}")
@@ -444,7 +452,7 @@ def buttons(name) -> tuple:
 
 def watched(name) -> tuple:
     "One tick: the view, the buttons, and no further tick once the job is over."
-    with in_words():
+    with as_one_line():
         on = bool(name) and state(name)["status"] in ("running", "starting", "ending")
         return *view(name), *buttons(name), gr.skip() if on else gr.Timer(active=False)
 
@@ -453,7 +461,7 @@ def chosen(name=None) -> tuple:
     """What opening the view or choosing a job does: the menu, the view, the buttons, and ticks
     while the job runs.
     """
-    with in_words():
+    with as_one_line():
         found = mine()
         names, last = [r.name for r in found], started()
         if last and last not in names:
@@ -511,7 +519,7 @@ def build(
             text = gr.Textbox(
                 EXAMPLE,
                 label="New job",
-                info="key=value words, as after python -m cudlab.run train",
+                info="key=value words, as after python -m cudlab.cli train",
                 lines=4,
                 max_length=LONGEST,
                 visible=ALLOWED,

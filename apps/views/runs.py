@@ -9,10 +9,22 @@ from dataclasses import MISSING, dataclass, fields
 import gradio as gr
 
 from cudlab import plot
-from cudlab.core import Args, spec
-from cudlab.run import METHODS, Run, RunInfo, count_of, differences
-from views.ask import folded, in_words, labels, listed, names_of, numbers, opened, sentence, table
-
+from cudlab.catalog import RunInfo, config_diff
+from cudlab.config import Options, option
+from cudlab.methods import METHODS
+from cudlab.run import Run
+from cudlab.training import format_params
+from views.ask import (
+    as_one_line,
+    class_choices,
+    details_html,
+    error_line,
+    figures_html,
+    listed_runs,
+    names_of,
+    open_run,
+    table_html,
+)
 
 ALL = "all"
 MOST_BESIDE = 6
@@ -91,12 +103,12 @@ tbody tr[aria-current] td:first-child {font-weight: 600}
 
 
 @dataclass
-class Filter(Args):
+class Filter(Options):
     "Which runs are listed."
 
-    method: str = spec(ALL, "what trained them", choices=(ALL, *METHODS))
-    data: str = spec(ALL, "data set")
-    text: str = spec("", "words that must all occur in name, method, data, teacher or state")
+    method: str = option(ALL, "what trained them", choices=(ALL, *METHODS))
+    data: str = option(ALL, "data set")
+    text: str = option("", "words that must all occur in name, method, data, teacher or state")
 
 
 def state(r: RunInfo) -> str:
@@ -143,7 +155,7 @@ def browse(method: str = ALL, data: str = ALL, text: str = "") -> list:
     """The runs that pass the filter: rows of run, method, data, steps, parameters, fd, NFE,
     measured with, changed, state.
     """
-    with in_words():
+    with as_one_line():
         asked = Filter(method=method or ALL, data=data or ALL, text=text or "")
         if len(asked.text) > 200:
             raise ValueError(
@@ -154,7 +166,7 @@ def browse(method: str = ALL, data: str = ALL, text: str = "") -> list:
         told = lambda r: " ".join((r.name, r.method, r.data, r.teacher, state(r))).casefold()
         return [
             row(r)
-            for r in listed()
+            for r in listed_runs()
             if asked.method in (ALL, r.method)
             and asked.data in (ALL, r.data)
             and all(w in told(r) for w in words)
@@ -177,9 +189,9 @@ def shown(method=ALL, data=ALL, text="") -> tuple:
 
 def refreshed(method=ALL, data=ALL, text="", beside=None) -> tuple:
     "What opening the view shows: the data sets and runs there are now, and the filtered table."
-    with in_words():
-        good = [r.name for r in listed() if not r.damaged]
-        sets = sorted({r.data for r in listed() if r.data})
+    with as_one_line():
+        good = [r.name for r in listed_runs() if not r.damaged]
+        sets = sorted({r.data for r in listed_runs() if r.data})
         data = data if data in sets else ALL
         kept = [n for n in beside or [] if n in good]
     return (
@@ -191,8 +203,8 @@ def refreshed(method=ALL, data=ALL, text="", beside=None) -> tuple:
 
 def chosen(event: gr.EventData) -> tuple:
     "The run of the row that was clicked, and a sign that it was."
-    with in_words():
-        name = opened((event._data or {}).get("name")).name
+    with as_one_line():
+        name = open_run((event._data or {}).get("name")).name
         return name, (name, time.time())
 
 
@@ -201,14 +213,14 @@ def chosen(event: gr.EventData) -> tuple:
 
 def apart(names=None) -> str:
     "The configuration keys in which up to six runs differ, as a table."
-    with in_words():
+    with as_one_line():
         names = names_of(names, "runs", MOST_BESIDE) if names else []
         if len(names) < 2:
             return "<p class='caption'>Choose two to six runs to see in what they differ.</p>"
-        found = [opened(n) for n in names]
-        rows = [{k: "–" if v is None else str(v) for k, v in r.items()} for r in differences(found)]
+        found = [open_run(n) for n in names]
+        rows = [{k: "–" if v is None else str(v) for k, v in r.items()} for r in config_diff(found)]
         return (
-            table(rows, ["key", *names], f"{len(rows)} keys differ")
+            table_html(rows, ["key", *names], f"{len(rows)} keys differ")
             if rows
             else "<p class='caption'>These runs have the same configuration.</p>"
         )
@@ -219,7 +231,7 @@ def apart(names=None) -> str:
 
 def command(config) -> str:
     "The command line that trains this run again."
-    parts = ["python", "-m", "cudlab.run", "train"]
+    parts = ["python", "-m", "cudlab.cli", "train"]
     for f in fields(config):
         value, usual = (
             getattr(config, f.name),
@@ -236,7 +248,7 @@ def numbers_of(run: Run) -> str:
     """What a run that holds a solver has learned, in a line each: for which network, and the
     numbers with their spread.
     """
-    if run.method.product != "solver":
+    if run.method.trains != "solver":
         return ""
     teacher, held = run.info["teacher"], run.tensors("ema.safetensors")
     batches = held["solver.by_batch"][: held["solver.done"]]
@@ -275,9 +287,9 @@ def logged(run: Run) -> str:
     ]
     rows = rows[:: max(1, -(-len(rows) // 20))]
     return (
-        folded(
+        details_html(
             "the same as a table",
-            table(
+            table_html(
                 rows,
                 list(dict.fromkeys(k for r in rows for k in r)),
                 "loss at every twentieth of the training",
@@ -290,10 +302,10 @@ def logged(run: Run) -> str:
 
 def training(run: Run):
     "The training curve; where a solver was fitted, its error on held-out noise after each batch."
-    chart = plot.training(run.metrics)
-    if run.method.product == "solver":
+    chart = plot.training_chart(run.metrics)
+    if run.method.trains == "solver":
         chart.update_xaxes(
-            title_text="calibration batch", tickformat="d", dtick=max(1, run.length // 10)
+            title_text="calibration batch", tickformat="d", dtick=max(1, run.num_steps // 10)
         ).update_yaxes(title_text="held-out error")
     return chart
 
@@ -302,22 +314,22 @@ def about(name) -> tuple:
     """Everything known of a run: summary, training curve and the same as a table, command,
     configuration.
     """
-    with in_words():
-        run = opened(name)
+    with as_one_line():
+        run = open_run(name)
         try:
             files, held = f"all {run.verify()} files match their SHA-256", numbers_of(run)
         except ValueError as e:
-            files, held = sentence(e), ""
-        unit = "fitted batches" if run.method.product == "solver" else "trained steps"
-        facts = numbers(
+            files, held = error_line(e), ""
+        unit = "fitted batches" if run.method.trains == "solver" else "trained steps"
+        facts = figures_html(
             [
                 ("run", run.name),
                 ("method", run.config.method),
                 ("data", run.config.data),
-                (unit, f"{run.step:,} of {run.length:,}"),
-                ("parameters", count_of(run.info["parameters"]).removesuffix(" parameters")),
+                (unit, f"{run.step:,} of {run.num_steps:,}"),
+                ("parameters", format_params(run.info["parameters"]).removesuffix(" parameters")),
                 ("heads", run.heads),
-                ("classes", len(labels(run)) or "none"),
+                ("classes", len(class_choices(run)) or "none"),
             ]
         )
         taught = run.info.get("teacher", {}).get("name", "")
@@ -333,11 +345,11 @@ def about(name) -> tuple:
         return (
             facts + held + f"<p class='caption'>Manifest: {files}.{taught} Created "
             f"{html.escape(run.info['created'][:16].replace('T', ' '))} UTC. Folder "
-            f"<code>{html.escape(str(run.path))}</code></p>",
+            f"<code>{html.escape(str(run.dir))}</code></p>",
             training(run),
             logged(run),
             command(run.config),
-            table(rows, ["key", "value", "meaning"], "configuration"),
+            table_html(rows, ["key", "value", "meaning"], "configuration"),
         )
 
 

@@ -2,37 +2,36 @@
 
 from dataclasses import dataclass, fields
 
-from cudlab.core import Args, spec
+from cudlab.config import Options, option
 from cudlab.dode import NATIVE
 from cudlab.path import GRIDS
-from views.ask import Ask
+from views.ask import SampleForm
 from views.compare import COLUMN, LETTERS, NONE
 from views.tradeoff import BUDGETS, Chart
-
 
 LONGEST = 2048
 VIEWS = ("trajectory", "velocity", "trade-off", "compare", "runs", "live")
 
 
 @dataclass
-class View(Args):
+class View(Options):
     "What the address may say beside the form: which view, and what Trade-off and Compare show."
 
-    view: str = spec("trajectory", "the open view", choices=VIEWS)
-    runs: str = spec("", "runs of the trade-off, with spaces")
-    solvers: str = spec("", "solvers of the trade-off, with spaces")
-    value: str = spec("fd", "see Chart")
-    axis: str = spec("NFE", "see Chart")
-    grid2: str = spec("uniform", "grid of the trade-off")
-    nfe: str = spec(BUDGETS, "budgets of the trade-off")
-    n: int = spec(2000, "samples of a score")
-    seeds: str = spec("0", "seeds of the trade-off")
-    a: str = spec("", "column of the comparison: run~solver~NFE~grid~weights~head")
-    b: str = spec("", "see a")
-    c: str = spec("", "see a")
-    d: str = spec("", "see a")
-    seed2: int = spec(0, "seed of the comparison")
-    count2: int = spec(16, "samples of the comparison")
+    view: str = option("trajectory", "the open view", choices=VIEWS)
+    runs: str = option("", "runs of the trade-off, with spaces")
+    solvers: str = option("", "solvers of the trade-off, with spaces")
+    value: str = option("fd", "see Chart")
+    axis: str = option("NFE", "see Chart")
+    grid2: str = option("uniform", "grid of the trade-off")
+    nfe: str = option(BUDGETS, "budgets of the trade-off")
+    n: int = option(2000, "samples of a score")
+    seeds: str = option("0", "seeds of the trade-off")
+    a: str = option("", "column of the comparison: run~solver~NFE~grid~weights~head")
+    b: str = option("", "see a")
+    c: str = option("", "see a")
+    d: str = option("", "see a")
+    seed2: int = option(0, "seed of the comparison")
+    count2: int = option(16, "samples of the comparison")
 
 
 def typed(text: str, kind):
@@ -57,7 +56,7 @@ def understood(query: dict) -> tuple:
     found, wrong = {}, []
     if sum(len(str(k)) + len(str(v)) + 2 for k, v in query.items()) > LONGEST:
         return {}, [f"the address is longer than {LONGEST} characters and was not read"]
-    for kind in (Ask, View):
+    for kind in (SampleForm, View):
         for f in fields(kind):
             if f.name in query:
                 value = typed(str(query[f.name]), f.type)

@@ -8,27 +8,27 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from cudlab import plot
-from cudlab.core import Args, spec
+from cudlab import tradeoff
+from cudlab.config import Options, option
 from cudlab.dode import NATIVE
-from cudlab.metrics import PROTOCOL, comparable, curve
+from cudlab.evaluate import score_curve
+from cudlab.multistep import SOLVERS
 from cudlab.path import GRIDS
 from cudlab.run import Run
-from cudlab.solver import SOLVERS
+from cudlab.scoring import PROTOCOL, why_incomparable
 from views.ask import (
     MOST,
     Clock,
+    as_one_line,
     csv_url,
-    entry,
-    folded,
-    in_words,
-    listed,
+    details_html,
+    find_entry,
+    listed_runs,
     names_of,
-    opened,
-    possible,
-    table,
+    open_run,
+    solver_names,
+    table_html,
 )
-
 
 VALUES = ("fd", "kd", "fd_inf", "precision", "recall", "density", "coverage", "sliced", "endpoint")
 AXES = {"NFE": "nfe", "wall time": "ms"}
@@ -37,13 +37,13 @@ BUDGETS = "1, 2, 4, 8, 16"
 
 
 @dataclass
-class Chart(Args):
+class Chart(Options):
     "What is drawn, and how a missing point is measured."
 
-    value: str = spec("fd", "which score", choices=VALUES)
-    axis: str = spec("NFE", "what it is drawn against", choices=tuple(AXES))
-    grid: str = spec("uniform", "time grid", choices=(*GRIDS, NATIVE))
-    n: int = spec(2000, "samples per score", low=16, high=MOST["n"])
+    value: str = option("fd", "which score", choices=VALUES)
+    axis: str = option("NFE", "what it is drawn against", choices=tuple(AXES))
+    grid: str = option("uniform", "time grid", choices=(*GRIDS, NATIVE))
+    n: int = option(2000, "samples per score", low=16, high=MOST["n"])
 
 
 def whole_numbers(text, what: str, low: int, high: int, most: int) -> list:
@@ -71,14 +71,17 @@ def beside(run: Run) -> tuple:
     """What a run is shown with unless asked otherwise: itself and its teacher; its own solver and
     the baselines.
     """
-    shown = {r.name for r in listed() if not r.damaged}
+    shown = {r.name for r in listed_runs() if not r.damaged}
     kin = [
         n
-        for n in (run.info.get("teacher", {}).get("name"), run.root.name if run.root else None)
+        for n in (
+            run.info.get("teacher", {}).get("name"),
+            run.reference_run.name if run.reference_run else None,
+        )
         if n in shown
     ]
     return list(dict.fromkeys([run.name, *kin])), list(
-        dict.fromkeys([run.own["solver"], *BASELINES])
+        dict.fromkeys([run.sampling_defaults["solver"], *BASELINES])
     )
 
 
@@ -94,11 +97,11 @@ def selected(names: list, solvers: list, grid: str) -> list:
     """
     found = []
     for name in names:
-        run = opened(name)
-        mine = {run.name, *solvers} if run.method.product == "solver" else set(solvers)
+        run = open_run(name)
+        mine = {run.name, *solvers} if run.method.trains == "solver" else set(solvers)
         for score in run.scores:
             solver = score.get("solver")
-            want = (run.fixed or {}).get("grid") or (
+            want = (run.sampling_fixed or {}).get("grid") or (
                 SOLVERS[solver].grid if grid == NATIVE and solver in SOLVERS else grid
             )
             if solver in mine and (score.get("grid", "uniform") == want or solver not in SOLVERS):
@@ -112,13 +115,13 @@ def protocol(scores: list, newest: dict = None) -> list:
     """
     groups = []
     for score in scores:
-        home = next((g for g in groups if not comparable(g[0], score)), None)
+        home = next((g for g in groups if not why_incomparable(g[0], score)), None)
         if home is None:
             groups.append([score])
         else:
             home.append(score)
     if newest:
-        return next(g for g in groups if not comparable(g[0], newest))
+        return next(g for g in groups if not why_incomparable(g[0], newest))
     return max(reversed(groups), key=len) if groups else []
 
 
@@ -135,7 +138,7 @@ def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tupl
             else "Nothing measured yet."
         )
         return (
-            plot.tradeoff([], chart.value, AXES[chart.axis]),
+            tradeoff.tradeoff_chart([], chart.value, AXES[chart.axis]),
             f"<p class='caption'>{why} Choose solvers and numbers of calls, then press <b>Measure "
             "missing points</b>.</p>",
             "",
@@ -147,7 +150,7 @@ def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tupl
     )
     lines = {}
     for s in have:
-        lines.setdefault(plot.line_name(s), set()).add(s.get("seed", 0))
+        lines.setdefault(tradeoff.name_line(s), set()).add(s.get("seed", 0))
     single = sum(len(found) == 1 for found in lines.values())
     bars = (
         "Bars: 95 % intervals"
@@ -166,7 +169,7 @@ def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tupl
     left = next(
         (
             f" {len(scores) - len(group)} scores are not on this axis: "
-            f"{html.escape(comparable(group[0], s))}."
+            f"{html.escape(why_incomparable(group[0], s))}."
             for s in scores
             if s not in group
         ),
@@ -207,7 +210,7 @@ def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tupl
     columns += [
         k
         for k in ("lower_order_final", "denoise")
-        if any(s.get(k, plot.USUAL[k]) != plot.USUAL[k] for s in have)
+        if any(s.get(k, tradeoff.USUAL_SAMPLING[k]) != tradeoff.USUAL_SAMPLING[k] for s in have)
     ]
     rows = sorted(
         have,
@@ -220,15 +223,17 @@ def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tupl
     )
     height = 400 + 18 * max(0, len(lines) - 4)
     return (
-        plot.tradeoff(have, chart.value, AXES[chart.axis], height=height),
+        tradeoff.tradeoff_chart(have, chart.value, AXES[chart.axis], height=height),
         caption,
-        folded(f"{len(rows)} scores as a table", table(rows, columns, f"{len(rows)} scores")),
+        details_html(
+            f"{len(rows)} scores as a table", table_html(rows, columns, f"{len(rows)} scores")
+        ),
     )
 
 
 def scores(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
     "What is measured of these runs and solvers: (chart, protocol in words, table)."
-    with in_words():
+    with as_one_line():
         return drawn(
             names_of(names, "runs", 24),
             names_of(solvers, "solvers", 12),
@@ -238,7 +243,7 @@ def scores(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
 
 def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Progress()):
     "Measure the points that are missing, one by one: (chart, protocol, table) after each."
-    with in_words():
+    with as_one_line():
         chart, clock = Chart(value=value, axis=axis, grid=grid, n=n), Clock(5)
         names, solvers = names_of(names, "runs", 24), names_of(solvers, "solvers", 12)
         budgets, seeds = (
@@ -247,15 +252,21 @@ def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Pr
         )
         jobs = []
         for name in names:
-            run = opened(name)
-            offered = possible(run)
+            run = open_run(name)
+            offered = solver_names(run)
             for solver in solvers:
                 if solver not in SOLVERS:
-                    entry(solver)
+                    find_entry(solver)
                 if solver in offered:
-                    made = entry(solver, run)
+                    made = find_entry(solver, run)
                     fixed = {k: made.made_for[k] for k in ("head", "guidance")} if made.ts else {}
-                    on = run.fixed["grid"] if run.fixed else made.grid if made.ts else chart.grid
+                    on = (
+                        run.sampling_fixed["grid"]
+                        if run.sampling_fixed
+                        else made.grid
+                        if made.ts
+                        else chart.grid
+                    )
                     jobs += [
                         (run, solver, dict(seed=seed, n=chart.n, grid=on, **fixed))
                         for seed in seeds
@@ -275,7 +286,7 @@ def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Pr
                     unit="samples",
                 )
 
-            for score in curve(run, (solver,), tuple(budgets), progress=tell, **how):
+            for score in score_curve(run, (solver,), tuple(budgets), progress=tell, **how):
                 run.add_score(score)
                 made, newest = made + 1, score
                 yield drawn(names, solvers, chart, newest)
@@ -286,7 +297,7 @@ def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Pr
 
 def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
     "(a data address, a file name) of the scores that are drawn, as CSV with their whole protocol."
-    with in_words():
+    with as_one_line():
         chart = Chart(value=value, axis=axis, grid=grid)
         rows = [
             s
@@ -304,7 +315,7 @@ def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
 
 def job(names, solvers, grid, wanted, n, seeds, **how) -> str:
     "The command that measures the same."
-    with in_words():
+    with as_one_line():
         row = lambda v: " ".join(map(str, v))
         given = (
             dict(

@@ -14,28 +14,27 @@ from PIL import Image, ImageDraw
 
 from cudlab import plot
 from cudlab import trajectory as of
-from cudlab.data import load
-from cudlab.solver import State
+from cudlab.data import load_data
+from cudlab.solver import SolverState
 from views.ask import (
     MOST,
     Clock,
-    Walk,
-    asked,
+    SampleRequest,
+    as_one_line,
     csv_url,
     data_url,
-    entry,
-    finished,
-    flat,
-    folded,
-    in_words,
-    manifest,
-    numbers,
-    remember,
-    table,
-    timed,
-    trajectory,
+    details_html,
+    figures_html,
+    find_entry,
+    is_planar,
+    manifest_stamp,
+    parse_form,
+    remember_walk,
+    solve_request,
+    table_html,
+    time_states,
+    to_trajectory,
 )
-
 
 EVERY = 0.1
 HINT = "<p class='caption'>Against the flow's own way (Heun, 64 steps) and move by move.</p>"
@@ -46,7 +45,7 @@ FIELD = 17
 @lru_cache(4)
 def cloud(name: str):
     "Points of a 2-D data set to lay behind the paths, (M, 2)."
-    return load(name).batch(0, 0, 600)[0]
+    return load_data(name).batch(0, 0, 600)[0]
 
 
 # The film: a text of JSON lines that only ever grows, so that each update sends what is new
@@ -56,13 +55,13 @@ def stacked(x: torch.Tensor, reach: float = None, quality: int = 0) -> str:
     """Samples (B, C, H, W), one below the other, as a data address; signed ones in colour where
     `reach` is their full scale.
     """
-    body = plot.signed(x, reach) if reach else plot.pixels(x)
+    body = plot.signed_pixels(x, reach) if reach else plot.to_pixels(x)
     image = Image.fromarray(
         body.reshape(-1, *body.shape[2:]).squeeze(-1)
         if body.shape[-1] == 1
         else body.reshape(-1, *body.shape[2:])
     )
-    return data_url(plot.encoded(image, quality), f"image/{'webp' if quality else 'png'}")
+    return data_url(plot.encode_image(image, quality), f"image/{'webp' if quality else 'png'}")
 
 
 @dataclass
@@ -71,7 +70,7 @@ class Film:
     that is shown.
     """
 
-    walk: Walk
+    walk: SampleRequest
     reach: dict = field(default_factory=lambda: dict(v=2.0))
     text: str = ""
 
@@ -82,7 +81,9 @@ class Film:
         self.quality = (
             86 if channels * height * width * ask.count * len(self.shown) * 3 > SHARP else 0
         )
-        name = hashlib.sha256(repr((ask, manifest(self.walk.run.path))).encode()).hexdigest()[:12]
+        name = hashlib.sha256(repr((ask, manifest_stamp(self.walk.run.dir))).encode()).hexdigest()[
+            :12
+        ]
         self.write(
             id=name, count=ask.count, steps=steps, c=channels, h=height, w=width, reach=self.reach
         )
@@ -109,7 +110,7 @@ class Film:
                 "hat",
                 left.i,
                 left.t,
-                self.walk.run.noise_path.x0(
+                self.walk.run.path.x0(
                     left.x, state.v, torch.full((len(left.x),), float(left.t), device=left.x.device)
                 ),
             )
@@ -121,7 +122,7 @@ class Film:
     def replay(self, tau):
         "All of a finished walk, in the order in which it was sent the first time."
         states = [
-            State(i, float(t), x, tau.vs[i - 1] if i else None, 0.0)
+            SolverState(i, float(t), x, tau.vs[i - 1] if i else None, 0.0)
             for i, (t, x) in enumerate(zip(tau.ts, tau.xs))
         ]
         self.start(states[0])
@@ -133,27 +134,27 @@ class Film:
 # Numbers of a walk
 
 
-def at_home(walk: Walk, tau):
+def at_home(walk: SampleRequest, tau):
     "The trajectory on the device of the network that made it."
-    where = next(walk.run.source.net(walk.ask.weights).parameters()).device
+    where = next(walk.run.network_run.net(walk.ask.weights).parameters()).device
     return replace(tau, ts=tau.ts.to(where), xs=tau.xs.to(where), vs=tau.vs.to(where))
 
 
-def panels(walk: Walk, tau, **extra) -> dict:
+def panels(walk: SampleRequest, tau, **extra) -> dict:
     "Every quantity of the Velocity view: title -> (moves, samples)."
     tau = at_home(walk, tau)
-    found = {"speed (|v| / √d)": of.speed(tau)}
+    found = {"speed (|v| / √d)": of.move_speed(tau)}
     if len(tau.vs) > 1:
         found |= {
-            "turning (cosine with the next v)": of.turning(tau),
+            "turning (cosine with the next v)": of.move_turning(tau),
             "angle to the chord (degrees)": of.chord_angle(tau),
-            "curvature (rad / rms distance)": of.curvature(tau),
+            "curvature (rad / rms distance)": of.move_curvature(tau),
         }
-    if not walk.run.fixed:
-        found |= {"catch-up gap (rms)": of.catch_up(tau, walk.flow())}
+    if not walk.run.sampling_fixed:
+        found |= {"catch-up gap (rms)": of.catch_up_gap(tau, walk.flow())}
     if walk.run.heads > 1:
         y = walk.choices["y"]
-        network = walk.run.source.net(walk.ask.weights)
+        network = walk.run.network_run.net(walk.ask.weights)
         found |= {
             "heads, distance from the first (rms)": of.head_gaps(
                 tau,
@@ -185,13 +186,13 @@ def moved(tau, found: dict) -> list:
 
 def tabled(rows: list) -> str:
     "The rows of `moved` as a page."
-    return folded(
+    return details_html(
         "the same as a table",
-        table(rows, list(rows[0]), "medians over the samples, one row a move"),
+        table_html(rows, list(rows[0]), "medians over the samples, one row a move"),
     )
 
 
-def script(walk: Walk) -> str:
+def script(walk: SampleRequest) -> str:
     "The Python that makes the same picture."
     return (
         f"from cudlab.run import Run\n\ntrajectory = {walk.script()}\ntrajectory.x, "
@@ -199,10 +200,10 @@ def script(walk: Walk) -> str:
     )
 
 
-def told(walk: Walk, tau, spent: float, after: float) -> str:
+def told(walk: SampleRequest, tau, spent: float, after: float) -> str:
     "The line of figures over a finished walk."
     lost, many = int((~tau.x.flatten(1).isfinite().all(1)).sum()), len(tau.vs) > 1
-    return numbers(
+    return figures_html(
         [
             ("steps", len(tau.vs)),
             ("NFE counted", f"{tau.nfe:g}"),
@@ -216,7 +217,7 @@ def told(walk: Walk, tau, spent: float, after: float) -> str:
             ),
             *(
                 [("deviation from straight", f"{float(tau.straightness.mean()):.3g}")]
-                if many and entry(walk.ask.solver, walk.run).order
+                if many and find_entry(walk.ask.solver, walk.run).order
                 else []
             ),
             *([("not finite", f"{lost} of {walk.ask.count}")] if lost else []),
@@ -224,13 +225,13 @@ def told(walk: Walk, tau, spent: float, after: float) -> str:
     )
 
 
-def projected(walk: Walk, tau, chosen="all", dims="2-D"):
+def projected(walk: SampleRequest, tau, chosen="all", dims="2-D"):
     """The paths of the chosen samples in the plane, or the space, of their principal components,
     and their ends as a table.
     """
     if dims not in ("2-D", "3-D"):
         raise ValueError(f"dimensions = {str(dims)[:40]!r} are not possible; 2-D or 3-D is")
-    if flat(walk.run):
+    if is_planar(walk.run):
         return None, ""
     words = str(chosen or "all").replace(",", " ").split()
     if words == ["all"]:
@@ -243,7 +244,7 @@ def projected(walk: Walk, tau, chosen="all", dims="2-D"):
                     "numbers as 1, 3, 4"
                 )
         index = sorted({int(word) - 1 for word in words})
-    seen = of.projection(tau.xs[:, index], int(dims[0]))
+    seen = of.fit_projection(tau.xs[:, index], int(dims[0]))
     rows = [
         dict(
             sample=index[b] + 1,
@@ -255,9 +256,9 @@ def projected(walk: Walk, tau, chosen="all", dims="2-D"):
         )
         for b in range(len(index))
     ]
-    return plot.paths(seen.points, seen.share), folded(
+    return plot.path_chart(seen.points, seen.share), details_html(
         "the same as a table",
-        table(
+        table_html(
             rows, list(rows[0]), "where each path starts and ends, along the principal components"
         ),
     )
@@ -267,12 +268,12 @@ def sampled(*form):
     """Stream a sampling: (film, plane, paths, their table, panels, schedule, numbers, table of
     moves, script, what is known of the errors) as they come to be.
     """
-    with in_words():
-        walk = asked(form)
+    with as_one_line():
+        walk = parse_form(form)
         start = shown = time.perf_counter()
-        plane, states, spent, drawing = flat(walk.run), [], 0.0, 0.0
+        plane, states, spent, drawing = is_planar(walk.run), [], 0.0, 0.0
         film, code = None if plane else Film(walk), script(walk)
-        for state, took in timed(walk.states()):
+        for state, took in time_states(walk.states()):
             spent += took
             states.append(state)
             if film:
@@ -280,7 +281,7 @@ def sampled(*form):
             now = time.perf_counter()
             if len(states) == 1 or took > EVERY or now - shown >= EVERY and drawing <= spent:
                 shown = now
-                done = numbers(
+                done = figures_html(
                     [
                         ("step", f"{state.i} of {walk.steps}"),
                         ("NFE so far", f"{state.nfe:g}"),
@@ -288,7 +289,7 @@ def sampled(*form):
                     ]
                 )
                 chart = (
-                    plot.plane(
+                    plot.plane_chart(
                         torch.stack([s.x for s in states]), cloud(walk.run.config.data), reach=3.2
                     )
                     if plane
@@ -304,22 +305,22 @@ def sampled(*form):
                     gr.skip(),
                     HINT,
                 )
-        tau = trajectory(states, walk.run)
-        remember(walk, tau)
+        tau = to_trajectory(states, walk.run)
+        remember_walk(walk, tau)
         done = told(walk, tau, spent, time.perf_counter() - start)
         yield film.text if film else "", gr.skip(), *[gr.skip()] * 4, done, gr.skip(), code, HINT
         yield whole(walk, tau, film, panels(walk, tau), done, HINT)
 
 
-def whole(walk: Walk, tau, film, found: dict, done: str, words: str) -> tuple:
+def whole(walk: SampleRequest, tau, film, found: dict, done: str, words: str) -> tuple:
     "Everything the page shows of a finished walk."
-    plane = flat(walk.run)
+    plane = is_planar(walk.run)
     return (
         film.text if film else "",
         played(walk, tau) if plane else None,
         *projected(walk, tau),
-        plot.moves(found, tau.ts),
-        plot.schedule(tau.ts, 300),
+        plot.moves_chart(found, tau.ts),
+        plot.schedule_chart(tau.ts, 300),
         done,
         tabled(moved(tau, found)),
         script(walk),
@@ -327,40 +328,40 @@ def whole(walk: Walk, tau, film, found: dict, done: str, words: str) -> tuple:
     )
 
 
-def played(walk: Walk, tau):
+def played(walk: SampleRequest, tau):
     "The points of a 2-D walk in motion over the velocity field."
     keep = sorted(
         {round(k) for k in np.linspace(0, len(tau.ts) - 1, min(len(tau.ts), MOST["columns"]))}
     )
     at, field = (
         (None, None)
-        if walk.run.fixed
-        else of.field_of(walk.flow(), at_home(walk, tau).ts[keep], 3.2, FIELD)
+        if walk.run.sampling_fixed
+        else of.velocity_field(walk.flow(), at_home(walk, tau).ts[keep], 3.2, FIELD)
     )
-    return plot.motion(
+    return plot.motion_chart(
         tau.xs[keep], tau.ts[keep], cloud(walk.run.config.data), field, at, reach=3.2
     )
 
 
 def repathed(chosen, dims, *form):
     "The paths again, for other samples or dimensions."
-    with in_words():
-        walk = asked(form)
-        return projected(walk, finished(walk), chosen, dims)
+    with as_one_line():
+        walk = parse_form(form)
+        return projected(walk, solve_request(walk), chosen, dims)
 
 
 # Errors: against the flow's own way, and move by move
 
 
-def reference(walk: Walk) -> tuple:
+def reference(walk: SampleRequest) -> tuple:
     "(name, velocity) of the run whose flow the states are held against."
-    root, run, ask = walk.run.root, walk.run, walk.ask
+    root, run, ask = walk.run.reference_run, walk.run, walk.ask
     if root is None:
         raise ValueError(
             f"{run.name} has nothing to be held against: its own network is no flow, and its "
             "teacher is not here (any more)"
         )
-    own = root.path == run.source.path
+    own = root.dir == run.network_run.dir
     choices = (
         dict(weights=ask.weights, head=ask.head, guidance=ask.guidance)
         if own
@@ -386,17 +387,17 @@ def errors(*form):
     """Measure a walk move by move: what `sampled` gives, with the film's last two layers, two
     panels more and in words how far it went astray.
     """
-    with in_words():
-        walk, clock = asked(form), Clock()
-        if entry(walk.ask.solver, walk.run).order is None:
+    with as_one_line():
+        walk, clock = parse_form(form), Clock()
+        if find_entry(walk.ask.solver, walk.run).order is None:
             raise ValueError(
                 f"{walk.ask.solver} follows no ODE: there is no flow to hold its states against; "
                 "choose another solver"
             )
         began = time.perf_counter()
-        tau = finished(walk)
+        tau = solve_request(walk)
         done = told(walk, tau, None, time.perf_counter() - began)
-        film = None if flat(walk.run) else Film(walk).replay(tau)
+        film = None if is_planar(walk.run) else Film(walk).replay(tau)
         name, flow = reference(walk)
         tau = at_home(walk, tau)
         gaps, local, sizes, accuracy = [], [], [], []
@@ -407,7 +408,7 @@ def errors(*form):
                 *[gr.skip()] * 9,
                 f"<p class='caption' role='status'>the reference: step {i} of {walk.steps}</p>",
             )
-        if not walk.run.fixed:
+        if not walk.run.sampling_fixed:
             for _, error, rms, sure in of.local_error(tau, walk.flow()):
                 clock.check()
                 local.append(error)
@@ -426,7 +427,7 @@ def errors(*form):
                     film.write(k="scale", reach=film.reach)
                     for i, value in enumerate(values, at):
                         film.add(layer, i, tau.ts[i], value, film.reach[layer])
-        apart = of.rms(torch.stack(gaps), 2)
+        apart = of.root_mean_square(torch.stack(gaps), 2)
         extra = {"error against the reference (rms)": apart[1:]} | (
             {"local error (rms)": torch.stack(sizes)} if sizes else {}
         )
@@ -444,7 +445,7 @@ def errors(*form):
             )
             + "</p>"
         )
-        yield whole(walk, finished(walk), film, found, done, words)
+        yield whole(walk, solve_request(walk), film, found, done, words)
 
 
 # Files of what is on screen
@@ -454,7 +455,9 @@ def mosaic(x: torch.Tensor, scale: int = 1) -> Image.Image:
     "Samples (B, C, H, W) in a near-square sheet."
     wide = round(len(x) ** 0.5 + 0.499)
     full = torch.full((-(-len(x) // wide) * wide - len(x), *x.shape[1:]), -1.0)
-    return plot.film(torch.cat([x.cpu(), full]).unflatten(0, (-1, wide)).transpose(0, 1), scale, 1)
+    return plot.film_strip(
+        torch.cat([x.cpu(), full]).unflatten(0, (-1, wide)).transpose(0, 1), scale, 1
+    )
 
 
 def dots(x: torch.Tensor, side: int = 320, reach: float = 3.2) -> Image.Image:
@@ -470,20 +473,22 @@ def exported(kind, *form) -> tuple:
     """(a data address, a file name) of what is on screen: png and gif of the pictures, csv of the
     moves.
     """
-    with in_words():
+    with as_one_line():
         if kind not in ("png", "gif", "csv"):
             raise ValueError(f"kind = {str(kind)[:40]!r} is not one of png, gif, csv")
-        walk = asked(form)
-        tau = finished(walk)
+        walk = parse_form(form)
+        tau = solve_request(walk)
         name = f"{walk.ask.run}-{walk.ask.solver}-{walk.steps}-seed{walk.ask.seed}.{kind}"
         if kind == "csv":
             return csv_url(moved(tau, panels(walk, tau))), name
-        draw = dots if flat(walk.run) else (lambda x: mosaic(x, max(1, 64 // x.shape[-1])))
+        draw = dots if is_planar(walk.run) else (lambda x: mosaic(x, max(1, 64 // x.shape[-1])))
         if kind == "png":
             picture = (
-                draw(tau.x) if flat(walk.run) else plot.film(tau.xs, max(1, 48 // tau.x.shape[-1]))
+                draw(tau.x)
+                if is_planar(walk.run)
+                else plot.film_strip(tau.xs, max(1, 48 // tau.x.shape[-1]))
             )
-            return data_url(plot.encoded(picture), "image/png"), name
+            return data_url(plot.encode_image(picture), "image/png"), name
         keep = sorted(
             {round(k) for k in np.linspace(0, len(tau.xs) - 1, min(len(tau.xs), MOST["columns"]))}
         )
