@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: more than ten seconds on two cores")
+    config.addinivalue_line("markers", "long: of the long suite, `make test-all`")
     config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none")
     config.addinivalue_line(
         "markers", "browser: needs Chromium; a missing one fails in CI and skips elsewhere"

@@ -106,7 +106,7 @@ def test_a_recipe_may_have_a_number_for_each_channel(moons, runs_path):
 # formats
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_onnx_is_sampled_by_numpy_alone(opened, tmp_path):
     import onnxruntime
 
@@ -196,7 +196,7 @@ def test_hub_folder_is_the_run_with_a_card(name, opened, tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_sampler_as_one_graph(tmp_path):
     import onnxruntime
 
@@ -263,7 +263,7 @@ else:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_diffusers_pipeline_knows_the_solvers(tmp_path):
     run = Run.open("digits-cud-aim8-classes")
     export_run(run, "diffusers-folder", tmp_path / "out")
@@ -759,7 +759,7 @@ def test_files_that_do_not_fit(tmp_path, runs_path, capsys):
     assert not (runs_path / "wrong").exists() and not list(runs_path.glob("*.part"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_edm_cifar_network_has_a_place():
     "The published size: 55.7 M numbers, every one of them placed."
     _, tensors, net = song("cifar10", (3, 32, 32), 128, (2, 2, 2), 4, (16,))

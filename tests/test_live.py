@@ -61,7 +61,7 @@ def refusal(call, *args) -> str:
     return e.value.message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_from_start_over_stop_to_the_end(lab):
     name = live.start(f"{LONG.replace('1000000', '4000')} name=first")
     assert name == "first" and live.state(name)["status"] in ("starting", "running")
@@ -113,7 +113,7 @@ def test_a_job_from_start_over_stop_to_the_end(lab):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_job_is_dead_and_can_go_on(lab):
     name = live.start(f"{LONG} name=victim")
     at = wait(lambda: (at := live.state(name))["status"] == "running" and at["saved"] >= 50 and at)

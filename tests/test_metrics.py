@@ -1034,7 +1034,7 @@ def launched(size, *words):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_team_measures_what_one_process_measures(moons, runs_path):
     import shutil
 
@@ -1072,7 +1072,7 @@ def test_a_team_measures_what_one_process_measures(moons, runs_path):
     ), err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_the_team_in_a_sentence(moons, runs_path, victim):
     import os
@@ -1174,7 +1174,7 @@ def test_the_job_refuses_wrong_parameters(bad, says):
     assert says in error_of(parse_evaluation, bad)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_job_as_a_notebook(moons, tmp_path):
     papermill = pytest.importorskip("papermill")
     book = str(ROOT / "nbs" / "evaluate.ipynb")

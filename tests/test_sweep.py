@@ -87,7 +87,7 @@ def at_work(file) -> list:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_costs_nothing_and_a_second_time_there_is_nothing_to_do(lab):
     file = grid(
         lab,
@@ -131,7 +131,7 @@ def test_a_killed_worker_costs_nothing_and_a_second_time_there_is_nothing_to_do(
     assert not [p for p in ROOT.iterdir() if "dask" in p.name]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_failure_takes_only_those_that_wait_for_it(lab):
     file = grid(
         lab,
@@ -168,7 +168,7 @@ def test_a_failure_takes_only_those_that_wait_for_it(lab):
     assert not (lab / "runs" / "pupil").exists() and Run.open("good").scores[0]["nfe"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_sweep_goes_on_and_a_second_one_is_refused(lab):
     file = grid(
         lab,
@@ -208,7 +208,7 @@ def test_a_killed_sweep_goes_on_and_a_second_one_is_refused(lab):
     assert all(Run.open(r.job).verify() == 5 for r in table) and not at_work(file)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_midway_and_continued(lab):
     file = grid(
         lab, {"train": {"data": "moons", "steps": 20, "batch": 32, "seed": [0, 1, 2]}, "workers": 1}
@@ -226,7 +226,7 @@ def test_interrupted_midway_and_continued(lab):
     assert (code, err) == (0, "") and "3 jobs: 3 done" in out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_legs_of_some_minutes_lead_to_the_end(lab):
     file = grid(
         lab, {"train": {"data": "moons", "steps": 3, "batch": 32, "minutes": 1e-4, "name": "legs"}}
@@ -236,7 +236,7 @@ def test_legs_of_some_minutes_lead_to_the_end(lab):
     assert log.count("stopped by its time limit") == 2 and "run legs: done" in log
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notebooks_teacher_student_and_scores_are_copied(lab):
     out = lab / "elsewhere"
     file = grid(
@@ -305,7 +305,7 @@ def test_a_reader_who_leaves_stops_the_jobs(lab):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_scheduler_and_a_stop_from_elsewhere(lab):
     address, environment = (
         lab / "scheduler.json",
@@ -364,7 +364,7 @@ def test_any_scheduler_and_a_stop_from_elsewhere(lab):
             process.wait(30)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_slurm_by_a_stand_in(lab, monkeypatch):
     """What sbatch is given is copied and run here, as Slurm would do there; a job that ends too
     early is asked for again.
