@@ -1,0 +1,128 @@
+"""A run is a network that every solver can sample: cut ones, learned solvers, refusals."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from cudlab.catalog import list_runs, strip_run
+from cudlab.checkpoint import checkpoint_dir, prune_checkpoints, save_checkpoint
+from cudlab.config import Config, CorruptData
+from cudlab.create import create_run
+from cudlab.run import Run, find_solver
+from cudlab.training import train
+
+TINY = dict(method="rf", data="moons", batch=8, steps=2, log_every=1, save_every=1, warmup=1)
+SOLVER = "digits-dode-euler5"
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    "An empty folder of runs."
+    monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
+    monkeypatch.setenv("CUDLAB_DEVICE", "cpu")
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    "A finished run of two steps, to be copied and forged."
+    folder = tmp_path_factory.mktemp("good")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDLAB_RUNS_PATH", str(folder))
+        list(train(create_run(Config(**TINY), "run")))
+    return folder / "run"
+
+
+def copy_of(good: Path, lab: Path, name: str = "forged") -> Path:
+    return Path(shutil.copytree(good, lab / name))
+
+
+def test_a_cut_run_is_the_same_network(lab, good, tmp_path):
+    run = Run(copy_of(good, lab, "whole"))
+    small_copy = strip_run(run, tmp_path / "small")
+    half = strip_run(run, tmp_path / "half", "float16", most=100_000)
+    x = run.solve(index=4, steps=2).x
+    assert torch.equal(small_copy.solve(index=4, steps=2).x, x) and small_copy.verify() == 4
+    assert (half.solve(index=4, steps=2).x - x).abs().max() < 0.01
+    assert half.weights == ("ema",) and set(half.files) >= {"ema.safetensors", "ema-2.safetensors"}
+    assert all(size < 110_000 for size in half.metadata["bytes"].values())
+    assert half.network_hash() == small_copy.network_hash() == run.network_hash()
+    assert half.metrics == run.metrics and half.training_cost == run.training_cost
+    with pytest.raises(ValueError, match="was cut to its ema weights; use weights=ema"):
+        half.net("raw")
+    for target, dtype, why in (("half", "", "exists"), ("new", "int8", "is not one of")):
+        with pytest.raises(ValueError, match=why):
+            strip_run(run, tmp_path / target, dtype)
+    shutil.rmtree(checkpoint_dir(run.dir, 2))
+    with pytest.raises(ValueError, match="could never be finished"):
+        strip_run(run, tmp_path / "unfinished")
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(lab, good, tmp_path):
+    run = Run(copy_of(good, lab, "large"))
+    weights = {key: value + 1e5 for key, value in run.tensors("ema.safetensors").items()}
+    shutil.rmtree(run.checkpoint)
+    save_checkpoint(run.dir, 2, {"ema.safetensors": safetensors.torch.save(weights)}, {})
+    with pytest.raises(ValueError, match="cannot hold the weights of run 'large'"):
+        strip_run(run, tmp_path / "new", "float16")
+
+
+def test_a_learned_solver_knows_its_network():
+    run = Run.open(SOLVER)
+    assert run.network_run.name == "digits-rf" and run.network_run.weights == ("ema",)
+    assert run.info["teacher"]["network"] == run.network_run.network_hash()
+    assert find_solver(SOLVER).made_for["name"] == "digits-rf"
+    for choice, why in (
+        (dict(steps=4), "was fitted for steps = 5 on grid = 'uniform', not for 4"),
+        (dict(guidance=2), "guidance = 1.0, not for 2"),
+        (dict(denoise=False), "denoise = True, not for False"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            run.iterate(**choice)
+    with pytest.raises(ValueError, match="as they were at the time, not for these"):
+        Run.open("digits-cud").iterate(solver=SOLVER)
+
+
+def test_what_cannot_be_sampled_is_said_at_once():
+    student, plain = Run.open("digits-boot"), Run.open("digits-rf")
+    student.check_sampling(solver=None, steps=1, grid=None, guidance=1.0, denoise=True)
+    plain.check_sampling(solver="heun", steps=9)
+    for run, choices, why in (
+        (student, dict(steps=4), "use steps=1"),
+        (student, dict(guidance=2.0), "use guidance=1.0"),
+        (plain, dict(solver="flow-map"), "use solver=euler"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            run.check_sampling(**choices)
+        with pytest.raises(ValueError, match=why):
+            run.iterate(**choices)
+
+
+def test_a_checkpoint_is_opened_by_its_step(lab, good):
+    copy_of(good, lab, "kept")
+    one, two = Run.open("kept@1"), Run.open("kept@2")
+    assert (one.name, one.step, two.step, one.dir) == ("kept@1", 1, 2, lab / "kept")
+    assert len(one.metrics) == 1 and len(two.metrics) == 2
+    assert one.verify() == 5 and one.solve(index=2, steps=2).nfe == 2
+    assert [r.name for r in list_runs() if not r.shipped] == ["kept"]
+    assert Run(one.checkpoint).name == Run.open(str(one.checkpoint)).name == "kept@1"
+    for name in ("kept@3", "kept@", "kept@../kept/1", "kept@01", "@1", "nobody@1"):
+        with pytest.raises(ValueError, match="keeps no step|unknown run"):
+            Run.open(name)
+
+
+def test_a_run_follows_its_job_to_the_newest_checkpoint(lab, good):
+    folder = copy_of(good, lab, "moving")
+    shutil.rmtree(checkpoint_dir(folder, 2))
+    run, pinned = Run.open("moving"), Run.open("moving@1")
+    files = {name: (run.checkpoint / name).read_bytes() for name in run.files}
+    files = {name: data for name, data in files.items() if name.endswith(".safetensors")}
+    save_checkpoint(folder, 2, files, {})
+    prune_checkpoints(folder, 1, 0)
+    assert run.net("raw") is not None and run.step == 2 and run.verify() == 5
+    with pytest.raises(CorruptData, match="moving.*is missing"):
+        pinned.net()
