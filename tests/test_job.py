@@ -1,110 +1,195 @@
-"""tools/job.py: live output, a stop that waits for the save, one sentence for a failure."""
+"""tools/job.py: parameters checked before a kernel starts, a stop that saves, an exit code."""
 
-import os
+import importlib.util
+import json
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import nbformat
 import pytest
 
+from cudlab.jobs import read_status
+from cudlab.run import Run
+
 pytest.importorskip("papermill")
+ROOT = Path(__file__).parents[1]
+TRAIN, EVALUATE = (str(ROOT / "nbs" / f"{name}.ipynb") for name in ("train", "evaluate"))
+spec = importlib.util.spec_from_file_location("job", ROOT / "tools" / "job.py")
+job = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(job)
+
+
+@pytest.fixture(autouse=True)
+def lab(tmp_path, monkeypatch):
+    "Runs go to a folder of the test's own."
+    for key, value in {"RUNS_PATH": tmp_path / "runs", "THREADS": 1, "DEVICE": "cpu"}.items():
+        monkeypatch.setenv(f"CUDLAB_{key}", str(value))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
 
 
 @pytest.fixture
-def job(tmp_path, root):
-    "Start a two-cell notebook as a job."
-
-    def start(code, *args):
-        cells = [
-            nbformat.v4.new_code_cell("n = 1", metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell(code),
-        ]
-        meta = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), tmp_path / "job.ipynb")
-        return subprocess.Popen(
-            [sys.executable, root / "tools" / "job.py", "job.ipynb", *args],
-            cwd=tmp_path,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"CUDLAB_RUNS_PATH": str(tmp_path)},
-        )
-
-    return start
-
-
-def notebook(tmp_path):
-    return nbformat.read(next((tmp_path / ".jobs").glob("*.ipynb")), 4)
-
-
-def test_a_stop_waits_for_the_save(job, tmp_path):
-    "papermill alone gives a stopped kernel 2.5 seconds; a large checkpoint takes longer."
-    process = job(
-        "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(100)\nexcept "
-        "KeyboardInterrupt:\n"
-        "    time.sleep(4)\n    open('saved', 'w').close()\n    print('saved')"
-    )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved" in out and not err
-    assert (tmp_path / "saved").exists()
-    assert {o.output_type for o in notebook(tmp_path).cells[-1].outputs} == {"stream"}
+def front(monkeypatch):
+    "tools/job.py in this process, up to the kernel: what would be executed."
+    asked = []
+    monkeypatch.setattr(job, "execute", lambda request, out: asked.append(request) or (None, False))
+    monkeypatch.setattr(job, "report", lambda error, stopped, out: 0)
+    return lambda *words: (job.main(*words), asked)
 
 
 @pytest.mark.parametrize(
-    "error, status, lines",
+    "notebook, key, value, code",
     [
-        ("ValueError", 2, ["n = 3 is out of range: at most 2"]),
-        ("FileNotFoundError", 5, ["n = 3 is out of range: at most 2"]),
-        ("KeyError", 1, ["KeyError: 'n = 3 is out of range: at most 2'", "The traceback is in "]),
+        (TRAIN, "stpes", "100", 2),
+        (TRAIN, "In", "5", 2),
+        (TRAIN, "open", "1", 2),
+        (TRAIN, "", "5", 2),
+        (TRAIN, "steps", "ten", 2),
+        (TRAIN, "args", '{"aim": 8', 2),
+        (TRAIN, "args", "teacher=../../etc", 2),
+        (TRAIN, "net", "mnsit", 2),
+        (TRAIN, "data", "folder:/dev", 2),
+        (TRAIN, "name", '"; import os; "', 2),
+        (EVALUATE, "nfe", "3", 2),
+        (EVALUATE, "run", "nope", 2),
+        (EVALUATE, "solvers", "eulr", 2),
+        (EVALUATE, "extractor", "digits-v3", 2),
     ],
+    ids=str,
 )
-def test_parameters_arrive_and_a_failure_is_a_sentence(job, tmp_path, error, status, lines):
-    process = job(
-        f"print('n is', n)\nraise {error}('n = 3 is out of range: at most 2')", "-p", "n", "3"
+def test_what_makes_no_sense_is_refused_before_a_kernel_starts(
+    front, lab, capsys, notebook, key, value, code
+):
+    ended, asked = front(notebook, "-p", key, value)
+    said = capsys.readouterr().err
+    assert ended in (code, 5) and not asked and said.count("\n") == 1, said
+    assert not lab.exists()
+
+
+@pytest.mark.parametrize(
+    "args, name",
+    [
+        (("-y", "steps: many"), "steps"),
+        (("-y", "{steps: !!python/object/apply:os.system ['true']}"), "parameters"),
+        (("-y", "- steps"), "parameters"),
+        (("-y", "1: 2"), "'1'"),
+        (("-y", "steps: 2026-01-01"), "steps"),
+        (("-r", "batch", "1e9"), "batch"),
+        (("-b", "c3RwZXM6IDU="), "stpes"),
+        (("-f", "/nowhere/p.yaml"), "/nowhere"),
+        (("-p", "steps"), "-p"),
+        (("--stpes", "5"), "--stpes"),
+        (("-p", "steps", "5", "-y", "stpes: 5"), "stpes"),
+    ],
+    ids=str,
+)
+def test_every_way_to_pass_a_parameter_is_checked(front, capsys, args, name):
+    ended, asked = front(TRAIN, *args)
+    said = capsys.readouterr().err
+    assert ended == 2 and not asked and said.count("\n") == 1 and name in said, said
+
+
+def test_what_papermill_would_run_is_let_through(front, tmp_path):
+    "Numbers as text, YAML's 1e-3, a file; the notebook's own parameter cell counts."
+    (tmp_path / "p.yaml").write_text("steps: 5\nargs: aim=8 heads=2")
+    for count, args in enumerate(
+        (
+            ("-p", "steps", "5"),
+            ("-r", "steps", "5"),
+            ("-y", "{lr: 1e-3, classes: true}"),
+            ("-f", str(tmp_path / "p.yaml")),
+            ("-r", "name", "2026"),
+            ("-p", "method", "boot", "-p", "args", "teacher=digits-rf"),
+            ("-p", "data", "moons", "-p", "net", "mlp"),
+            (),
+        ),
+        1,
+    ):
+        ended, asked = front(TRAIN, *args)
+        assert ended == 0 and len(asked) == count, args
+
+
+def start(*words: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tools" / "job.py"), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def flags(**params) -> list:
+    return [word for key, value in params.items() for word in ("-p", key, str(value))]
+
+
+def test_a_training_through_papermill_is_a_run(lab):
+    words = flags(
+        method="cud", args="aim=8", data="moons", steps=8, batch=16, log_every=4, name="pm"
     )
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == status and out == "n is 3\n"
-    assert len(err.splitlines()) == len(lines) and all(
-        a.startswith(b) for a, b in zip(err.splitlines(), lines)
-    )
-    assert notebook(tmp_path).cells[0].source
+    process = start(TRAIN, *words)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and not err, err
+    run = Run.open("pm")
+    assert run.step == 8 and len(run.metrics) == 2 and "step      8/8" in out
+    cells = nbformat.read(run.dir / "train.ipynb", 4).cells
+    assert any("step      8/8" in json.dumps(cell.get("outputs", [])) for cell in cells)
 
 
-def test_wrong_usage_is_a_sentence(job):
-    process = job("pass", "-p", "n")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "requires 2 arguments" in err and len(err.splitlines()) == 1
+def test_a_stopped_job_saves_and_the_same_command_goes_on(lab):
+    words = flags(data="moons", steps=10**6, batch=16, log_every=5, name="leg")
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        process = start(TRAIN, *words)
+        next(line for line in process.stdout if line.startswith("step") and "/1000000" in line)
+        process.send_signal(sign)
+        out, err = process.communicate(timeout=100)
+        run = Run.open("leg")
+        assert process.returncode == 3 and not err and f"at step {run.step} of" in out, err
+        assert run.verify() and read_status(run.dir).status == "stopped"
 
 
-def test_a_stop_before_anything_began_leaves_nothing(job, tmp_path):
-    process = job("print('ready')")
-    time.sleep(0.5)
+def write_notebook(path: Path, code: str) -> str:
+    "A notebook of one parameter and one cell."
+    cells = [
+        nbformat.v4.new_code_cell("n = 1", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    meta = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "code, status, says",
+    [
+        ("print('n is', n)\nraise ValueError('n = 3 is too large')", 2, "n = 3 is too large\n"),
+        ("raise FileNotFoundError('no file')", 5, "no file\n"),
+        ("raise KeyError('n')", 1, "KeyError: 'n'\nThe traceback is in "),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", 138, "DeadKernelError: "),
+    ],
+    ids=["value", "file", "bug", "dead"],
+)
+def test_a_notebook_that_fails_is_a_line_and_a_code(tmp_path, code, status, says):
+    process = start(write_notebook(tmp_path / "job.ipynb", code), "-p", "n", "3")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == status and err.startswith(says), err
+    assert err.count("\n") == says.count("\n") or status in (1, 138)
+    assert status != 2 or out == "n is 3\n"
+
+
+def test_a_missing_notebook_is_a_line(capsys):
+    assert job.main("nowhere.ipynb") == 2
+    assert capsys.readouterr().err == "there is no notebook 'nowhere.ipynb'\n"
+
+
+def test_an_evaluation_stops_between_two_scores_and_goes_on(lab):
+    process = start(TRAIN, *flags(method="rf", data="moons", steps=20, batch=64, name="little"))
+    assert process.wait(200) == 0
+    words = flags(run="little", solvers="euler heun", nfes="2 4", n=500)
+    process = start(EVALUATE, *words)
+    next(line for line in process.stdout if " NFE " in line)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and not err and "ready" not in out
-    assert not (tmp_path / ".jobs").exists()
-
-
-def test_a_kernel_that_dies_is_a_sentence(job):
-    process = job(
-        "import os, signal\nprint('ready', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
-    )
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 138 and err == "DeadKernelError: Kernel died\n"
-
-
-def test_another_notebook_is_not_checked_and_a_missing_one_is_a_sentence(job, tmp_path):
-    process = job("print(n, extra)", "-p", "extra", "5")
-    assert process.communicate(timeout=60) == ("1 5\n", "") and process.returncode == 0
-    (tmp_path / "job.ipynb").unlink()
-    process = subprocess.run(process.args, cwd=tmp_path, text=True, capture_output=True)
-    assert (
-        process.returncode == 2
-        and "job.ipynb" in process.stderr
-        and process.stderr.count("\n") == 1
-    )
+    process.communicate(timeout=100)
+    kept = Run.open("little").scores
+    assert process.returncode in (0, 3) and 1 <= len(kept) <= 4
+    process = start(EVALUATE, *words)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and out.count("measured before") == len(kept), err
+    assert Run.open("little").scores[: len(kept)] == kept and len(Run.open("little").scores) == 4
