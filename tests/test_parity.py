@@ -3,12 +3,11 @@ same walk to 1e-4.
 """
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-from cudlab.multistep import SOLVERS, solve
 from cudlab.path import (
     PATHS,
     append_dims,
@@ -20,6 +19,7 @@ from cudlab.path import (
 )
 from cudlab.rng import draw_noise
 from cudlab.run import Run
+from cudlab.solver import SOLVERS, solve
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,7 +30,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 @functools.cache
 def unet():
-    return Run(Path(__file__).parents[1] / "checkpoints/digits-rf").net(device="cpu")
+    return Run(ROOT / "checkpoints/digits-rf").net(device="cpu")
 
 
 def net(x, t):
@@ -42,9 +42,9 @@ def net(x, t):
 
 def velocity(x, a, b):
     "What a v_prediction model says about x = a x0 + b eps, a^2 + b^2 = 1."
-    return append_dims(a, x) * to_noise_predictor(net)(x, a, b) - append_dims(b, x) * to_denoiser(
-        net
-    )(x / append_dims(a, x), b / a)
+    noise = to_noise_predictor(net)(x, a, b)
+    data = to_denoiser(net)(x / append_dims(a, x), b / a)
+    return append_dims(a, x) * noise - append_dims(b, x) * data
 
 
 def preconditioned(x, a, b):
@@ -68,7 +68,11 @@ def vp(sigma):
     return ve(sigma) / (1 + sigma[:, None] ** 2).sqrt()
 
 
-ASK = {flow: lambda x, a, b: net(x, b), ve: to_noise_predictor(net), vp: to_noise_predictor(net)}
+ASK = {  # what each scheduler asks the network
+    flow: lambda x, a, b: net(x, b),
+    ve: to_noise_predictor(net),
+    vp: to_noise_predictor(net),
+}
 
 
 def scheduler_of(name, steps, **options):
@@ -81,47 +85,42 @@ def scheduler_of(name, steps, **options):
     return scheduler
 
 
-def walked(scheduler, shares, ask, before=lambda i: None, **options):
+def walked(scheduler, shares, ask, before=None, **options):
     """Every state of a scheduler's loop, scaled to the linear path; shares (a, b) are those before
     each call and at the end.
     """
     states = [draw_noise(0, COUNT, (1, 8, 8)).double()]
     for i, (t, (a, b), end) in enumerate(zip(scheduler.timesteps, shares, shares.sum(1)[1:])):
-        before(i)
+        if before:
+            before(i)
         x = states[-1] * (a + b)
-        states.append(
-            scheduler.step(ask(x, a.expand(COUNT), b.expand(COUNT)), t, x, **options).prev_sample
-            / end
-        )
+        said = ask(x, a.expand(COUNT), b.expand(COUNT))
+        states.append(scheduler.step(said, t, x, **options).prev_sample / end)
     return torch.stack(states)
 
 
 def gap(states, shares, solver, nodes=slice(None), **options):
     "The largest difference of our walk over the same noise levels, at each node of the grid."
     ts = (shares[:, 1] / shares.sum(1))[nodes]
-    return (
-        (solve(net, states[0], ts, solver, **options).xs - states[nodes]).abs().flatten(1).amax(1)
-    )
+    ours = solve(net, states[0], ts, solver, **options).xs
+    return (ours - states[nodes]).abs().flatten(1).amax(1)
 
 
 def parity(
-    solver, name, steps, shares, nodes=slice(None), ask=None, ours=None, step=None, **options
+    solver, name, steps, shares, nodes=slice(None), *, ask=None, ours=None, step=None, **how
 ):
     "The gap between a solver and a scheduler with these options."
-    scheduler = scheduler_of(name, steps, **options)
+    scheduler = scheduler_of(name, steps, **how)
     at = shares(scheduler.sigmas)
-    return gap(
-        walked(scheduler, at, ask or ASK[shares], **step or {}), at, solver, nodes, **ours or {}
-    )
+    states = walked(scheduler, at, ask or ASK[shares], **step or {})
+    return gap(states, at, solver, nodes, **ours or {})
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_is_flow_matching_euler(steps, shift):
-    assert (
-        parity("euler", "FlowMatchEulerDiscreteScheduler", steps, flow, shift=shift).max()
-        < TOLERANCE
-    )
+    found = parity("euler", "FlowMatchEulerDiscreteScheduler", steps, flow, shift=shift)
+    assert found.max() < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -145,47 +144,23 @@ def test_heun_is_flow_matching_heun_whose_last_move_is_euler(steps):
     ],
 )
 def test_dpmpp_multistep(order, shares, options, steps):
-    assert (
-        parity(
-            f"dpmpp-{order}m",
-            "DPMSolverMultistepScheduler",
-            steps,
-            shares,
-            solver_order=order,
-            **options,
-        ).max()
-        < TOLERANCE
-    )
+    how = {"solver_order": order, **options}
+    found = parity(f"dpmpp-{order}m", "DPMSolverMultistepScheduler", steps, shares, **how)
+    assert found.max() < TOLERANCE
 
 
 def test_dpmpp_3m_of_diffusers_lowers_no_order_but_the_last_from_fifteen_steps_on():
-    assert (
-        parity(
-            "dpmpp-3m",
-            "DPMSolverMultistepScheduler",
-            16,
-            vp,
-            solver_order=3,
-            ours={"lower_order_final": False},
-        ).max()
-        < TOLERANCE
-    )
+    how = {"solver_order": 3, "ours": {"lower_order_final": False}}
+    found = parity("dpmpp-3m", "DPMSolverMultistepScheduler", 16, vp, **how)
+    assert found.max() < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [5, 9, 13])
 def test_dpmpp_2s_is_singlestep_where_the_middle_is_the_middle(steps):
     nodes = [*range(0, steps, 2), steps]
-    assert (
-        parity(
-            "dpmpp-2s",
-            "DPMSolverSinglestepScheduler",
-            steps,
-            vp,
-            nodes,
-            use_exponential_sigmas=True,
-        ).max()
-        < TOLERANCE
-    )
+    how = {"use_exponential_sigmas": True}
+    found = parity("dpmpp-2s", "DPMSolverSinglestepScheduler", steps, vp, nodes, **how)
+    assert found.max() < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [5, 9, 13])
@@ -196,23 +171,18 @@ def test_dpm_2s_is_singlestep_in_eps(steps):
         "final_sigmas_type": "sigma_min",
         "use_exponential_sigmas": True,
     }
-    assert (
-        parity(
-            "dpm-2s", "DPMSolverSinglestepScheduler", steps, vp, slice(0, steps, 2), **options
-        ).max()
-        < TOLERANCE
-    )
+    nodes = slice(0, steps, 2)
+    found = parity("dpm-2s", "DPMSolverSinglestepScheduler", steps, vp, nodes, **options)
+    assert found.max() < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("karras", [False, True])
 def test_dpm_2s_is_k_dpm_2(steps, karras):
     scheduler = scheduler_of("KDPM2DiscreteScheduler", steps, use_karras_sigmas=karras)
-    sigmas = torch.where(
-        torch.arange(2 * steps) % 2 == 0,
-        scheduler.sigmas[: 2 * steps],
-        scheduler.sigmas_interpol[: 2 * steps],
-    )
+    even = torch.arange(2 * steps) % 2 == 0
+    levels = scheduler.sigmas[: 2 * steps], scheduler.sigmas_interpol[: 2 * steps]
+    sigmas = torch.where(even, *levels)
     at, nodes = ve(sigmas), [*range(0, 2 * steps - 1, 2), 2 * steps - 1]
     assert gap(walked(scheduler, at, ASK[ve]), at, "dpm-2s", nodes).max() < TOLERANCE
 
@@ -270,14 +240,10 @@ def test_unipc_and_its_predictor(name, order, bh, shares, steps):
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("lower", [False, True])
 def test_deis_in_log_rho(order, lower, steps):
-    options = {
-        "solver_order": order,
-        "lower_order_final": lower,
-        "ours": {"lower_order_final": lower},
-    }
-    assert (
-        parity(f"deis-log{order}", "DEISMultistepScheduler", steps, vp, **options).max() < TOLERANCE
-    )
+    how = {"lower_order_final": lower}
+    options = {"solver_order": order, "ours": how, **how}
+    found = parity(f"deis-log{order}", "DEISMultistepScheduler", steps, vp, **options)
+    assert found.max() < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -285,24 +251,18 @@ def test_deis_in_log_rho(order, lower, steps):
 def test_deis_on_flow_sigmas(order, steps):
     "Its last sigma is there twice."
     options = {"solver_order": order, "lower_order_final": False, **FLOW}
-    assert (
-        parity(
-            f"deis-log{order}", "DEISMultistepScheduler", steps, flow, slice(0, steps), **options
-        ).max()
-        < TOLERANCE
-    )
+    nodes = slice(0, steps)
+    found = parity(f"deis-log{order}", "DEISMultistepScheduler", steps, flow, nodes, **options)
+    assert found.max() < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("order", [2, 3])
 def test_deis_in_rho_is_lms_up_to_its_last_move(order, steps):
     "Its move to sigma = 0 keeps the order, ours is one call."
-    assert (
-        parity(f"deis-rhoab{order}", "LMSDiscreteScheduler", steps, ve, step={"order": order})[
-            :-1
-        ].max()
-        < TOLERANCE
-    )
+    how = {"step": {"order": order}}
+    found = parity(f"deis-rhoab{order}", "LMSDiscreteScheduler", steps, ve, **how)
+    assert found[:-1].max() < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -368,27 +328,15 @@ def test_edm_schedulers_on_the_edm_grid(solver, name, options, steps):
 @pytest.mark.parametrize("karras", [False, True])
 def test_edm_heun(steps, karras):
     nodes = [*range(0, 2 * steps - 1, 2), 2 * steps - 1]
-    assert (
-        parity(
-            "edm-heun", "HeunDiscreteScheduler", steps, ve, nodes, use_karras_sigmas=karras
-        ).max()
-        < TOLERANCE
-    )
+    how = {"use_karras_sigmas": karras}
+    found = parity("edm-heun", "HeunDiscreteScheduler", steps, ve, nodes, **how)
+    assert found.max() < TOLERANCE
 
 
 def test_the_tolerance_tells_every_solver_from_every_other():
-    scheduler = scheduler_of(
-        "UniPCMultistepScheduler",
-        8,
-        solver_order=3,
-        solver_type="bh2",
-        final_sigmas_type="sigma_min",
-    )
+    options = {"solver_order": 3, "solver_type": "bh2", "final_sigmas_type": "sigma_min"}
+    scheduler = scheduler_of("UniPCMultistepScheduler", 8, **options)
     at = vp(scheduler.sigmas)
     states = walked(scheduler, at, ASK[vp])
-    gaps = {
-        name: gap(states, at, name).max()
-        for name, entry in SOLVERS.items()
-        if entry.nfe and not entry.ts
-    }
+    gaps = {name: gap(states, at, name).max() for name, entry in SOLVERS.items() if entry.nfe}
     assert [name for name, g in gaps.items() if g < 10 * TOLERANCE] == ["unipc3-bh2"]
