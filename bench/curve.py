@@ -14,7 +14,7 @@ from cudlab.evaluate import evaluate, parse_evaluation
 from cudlab.run import Run
 
 
-def curve(name: str = "digits-rf", **choices) -> None:
+def time_curve(name: str = "digits-rf", **choices) -> None:
     "The whole job on a copy of a run without its scores."
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / name
@@ -32,9 +32,9 @@ def curve(name: str = "digits-rf", **choices) -> None:
             }
             | choices
         )
-        began = time.perf_counter()
-        count = len(list(evaluate(Run(folder), job))) - 1
-        took = time.perf_counter() - began
+        begin = time.perf_counter()
+        count = sum(event.new for event in evaluate(Run(folder), job))
+        took = time.perf_counter() - begin
         solving = sum(s["seconds"] for s in Run(folder).scores)
     print(
         f"curve of {name}: {count} points of {job.n:,} samples in {took:.1f} s on "
@@ -44,4 +44,4 @@ def curve(name: str = "digits-rf", **choices) -> None:
 
 if __name__ == "__main__":
     set_threads()
-    curve()
+    time_curve()

@@ -1,10 +1,10 @@
 """Seconds of the distances at the size of a published score, 50,000 samples of 2,048 features a
 side, beside torchmetrics and numpy with scipy.
 
-Everything in one process on the same features, which are random with the falling spectrum that
-trained ones have. The data's own part (`gaussian`)
-is computed once for all scores; the others print what each score costs. Without a GPU the ratios
-are those of processor seconds, which other work on the machine hardly changes.
+Everything runs in one process on the same features, random ones with the falling spectrum of
+trained ones. The data's own part (`fit_gaussian`) is computed once for all scores; the others print
+what each score costs. Without a GPU the ratios are those of processor seconds, which other work on
+the machine hardly changes.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-from cudlab.metrics import machine
 from torch import nn
 
 from cudlab.config import find_device, set_threads
@@ -28,6 +27,7 @@ from cudlab.distances import (
     kernel_distance,
     precision_recall,
 )
+from cudlab.provenance import describe_machine
 from cudlab.rng import Rng
 
 
@@ -105,8 +105,8 @@ def scipy_fid(a: torch.Tensor, b: torch.Tensor) -> float:
 def ours(a: torch.Tensor, b: torch.Tensor) -> tuple:
     "(cost of the value, cost of value and interval, value), data's part included."
     real = Reference(b)
-    once, _ = clock("gaussian of the data, once for all scores", lambda: real.once(fit_gaussian))
-    each, value = clock("frechet", lambda: frechet_distance(a, real))
+    shared, _ = clock("fit_gaussian of the data, once", lambda: real.cached(fit_gaussian))
+    each, value = clock("frechet_distance", lambda: frechet_distance(a, real))
     held, (same, low, high) = clock(
         "frechet_jackknife (value and interval)", lambda: frechet_jackknife(a, real)
     )
@@ -114,7 +114,7 @@ def ours(a: torch.Tensor, b: torch.Tensor) -> tuple:
     clock("frechet_limit", lambda: frechet_limit(a, real))
     for distance in (kernel_distance, precision_recall, density_coverage):
         clock(f"{distance.__name__} (first 5,000 rows)", functools.partial(distance, a, real))
-    return once + each, once + held, value
+    return shared + each, shared + held, value
 
 
 def main(words: list = None) -> None:
@@ -127,7 +127,7 @@ def main(words: list = None) -> None:
     set_threads()
     where = find_device(told.device)
     print(
-        f"{told.n:,} x {told.dim:,} features a side, float64, {machine(where)}, torch "
+        f"{told.n:,} x {told.dim:,} features a side, float64, {describe_machine(where)}, torch "
         f"{torch.__version__}"
     )
     a, b = drawn("a", told.n, told.dim, where, 1.1), drawn("b", told.n, told.dim, where)

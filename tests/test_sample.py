@@ -1,114 +1,111 @@
-"""Samples as files: the command as a real process, stopped, continued, shared out."""
+"Samples as files: stopped, continued, shared out among processes, and refused."
 
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
+from processes import end_processes, run_processes, sample_run, start_processes
 
-from cudlab.config import CorruptData
+from cudlab.config import CorruptData, error_of
 from cudlab.run import Run
-from cudlab.sample import read_samples, write_samples
+from cudlab.sample import SampleOptions, read_samples, write_samples
 
-ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDLAB_THREADS": "1", "CUDLAB_DEVICE": "cpu"}
-
-
-def command(*words, processes=1):
-    team = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
-    )
-    return subprocess.Popen(
-        [sys.executable, *team, "-m", "cudlab.cli", "sample", *words],
-        cwd=ROOT,
-        env=ENV,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+WAY = dict(n=32, per_part=16, steps=2)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stop_keeps_the_parts_and_another_team_finishes_them(tmp_path, sign):
-    words = ("digits-rf", f"out={tmp_path / 'set'}", "n=3000", "batch=20", "steps=4")
-    process = command(*words)
-    process.stdout.readline()
-    process.stdout.readline()
-    process.send_signal(sign)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == (-9 if sign == signal.SIGKILL else 3) and not err
-    parts = list((tmp_path / "set").glob("part-*"))
-    assert 2 <= len(parts) < 150
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
+def test_a_stop_keeps_the_parts_and_other_processes_finish_them(tmp_path, sign):
+    folder = tmp_path / "set"
+    asked = dict(n=2000, per_part=20, steps=2)
+    (process,) = start_processes(1, sample_run, "digits-rf", str(folder), asked)
+    while len(list(folder.glob("part-*.safetensors"))) < 2 and process.is_alive():
+        time.sleep(0.02)
+    os.kill(process.pid, sign)
+    assert end_processes([process]) != [0]
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("part-*.safetensors")}
+    assert 2 <= len(made) < 100
     with pytest.raises(CorruptData, match="has no part-"):
-        read_samples(tmp_path / "set")
-    made = {p.name: p.stat().st_mtime_ns for p in parts}
-    again = command(*words, processes=2)
-    said, err = again.communicate(timeout=200)
-    assert again.returncode == 0 and said.count(", there already\n") == len(made), err
-    assert all((tmp_path / "set" / name).stat().st_mtime_ns == when for name, when in made.items())
-    x, labels, about = read_samples(tmp_path / "set")
-    assert x.shape == (3000, 1, 8, 8) and labels is None and about["solver"] == "euler"
-    list(write_samples(Run.open("digits-rf"), tmp_path / "alone", n=200, batch=20, steps=4))
-    assert torch.equal(x[:200], read_samples(tmp_path / "alone")[0])
+        read_samples(folder)
+    run_processes(2, sample_run, "digits-rf", str(folder), asked)
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+    x, labels, about = read_samples(folder)
+    assert x.shape == (2000, 1, 8, 8) and labels is None and about["solver"] == "euler"
+    list(write_samples(Run.open("digits-rf"), tmp_path / "alone", **asked | {"n": 60}))
+    alone = read_samples(tmp_path / "alone")[0]
+    assert (x[:60].int() - alone.int()).abs().max() <= 1
+
+
+def test_events_count_the_parts(tmp_path):
+    run = Run.open("digits-rf")
+    events = write_samples(run, tmp_path / "set", **WAY)
+    first = next(events)
+    assert (first.part, first.parts, first.new) == (1, 2, True)
+    assert str(first) == "part 1/2: samples 0 to 15"
+    events.close()
+    again = list(write_samples(run, tmp_path / "set", **WAY))
+    assert [(event.part, event.new) for event in again] == [(1, False), (2, True), (0, False)]
+    assert str(again[0]).endswith(", there already")
+    assert str(again[2]).startswith("32 samples of digits-rf, euler with 2 steps, seed 0, in ")
 
 
 def test_labels_are_kept_and_points_are_not_rounded(tmp_path):
-    list(write_samples(Run.open("digits-cud-aim8-classes"), tmp_path / "classes", n=32, batch=16))
+    run = Run.open("digits-cud-aim8-classes")
+    list(write_samples(run, tmp_path / "classes", n=32, per_part=16))
     x, labels, about = read_samples(tmp_path / "classes")
-    assert (
-        labels.tolist() == [k % 10 for k in range(32)]
-        and x.dtype == torch.uint8
-        and len(about["classes"]) == 10
-    )
+    assert labels.tolist() == [k % 10 for k in range(32)] and len(about["classes"]) == 10
+    assert x.dtype == torch.uint8
     run = Run.open("checkerboard-cud-aim4")
-    list(write_samples(run, tmp_path / "points", n=32, batch=16))
-    assert torch.equal(read_samples(tmp_path / "points")[0], run.solve(index=32).x)
+    list(write_samples(run, tmp_path / "points", n=32, per_part=16))
+    x, expected = read_samples(tmp_path / "points")[0], run.solve(index=32).x
+    assert (x - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_run_is_sampled_its_own_way_unless_told():
+    student, learned = Run.open("digits-boot"), Run.open("digits-dode-euler5")
+    assert SampleOptions().to_sampling(student).steps == 1
+    how = SampleOptions().to_sampling(learned)
+    assert (how.solver, how.steps, how.batch) == (learned.name, 5, 500)
+    asked = SampleOptions(solver="ab2", steps=3, guidance=0, per_part=20)
+    how = asked.to_sampling(Run.open("digits-cud-aim8-classes"))
+    assert (how.solver, how.steps, how.guidance, how.batch) == ("ab2", 3, 0, 20)
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "name, asked, said",
     [
-        ([], ""),
-        (["digits-rf"], "out = ''"),
-        (["out=x"], "RUN is missing"),
-        (["digits-rf", "out={}/a", "n=3"], "n = 3 is out of range"),
-        (["digits-rf", "out={}/a", "setps=3"], "did you mean 'steps'"),
-        (["digits-boot", "out={}/a", "steps=3"], "steps = '3' is not possible"),
-        (["digits-rf", "out={}/file"], "holds something else"),
-        (["digits-rf", "out={}/full"], "holds something else"),
-        (["digits-rf", "out={}/a", "solver=eular"], "eular"),
-        (["digits-rf", "out={}/a", "head=2"], "head = '2'"),
-        (["digits-rf", "out=/proc/none"], "/proc/none"),
+        ("digits-rf", dict(n=3), "n = 3 is out of range"),
+        ("digits-rf", dict(setps=3), "did you mean 'steps'"),
+        ("digits-boot", dict(steps=3), "steps = '3' is not possible"),
+        ("digits-rf", dict(solver="eular"), "eular"),
+        ("digits-rf", dict(head=2), "head = '2'"),
+        ("digits-rf", dict(guidance=-0.5), "guidance = -0.5 is out of range"),
     ],
 )
-def test_wrong_words_are_a_sentence(tmp_path, capsys, words, said):
-    from cudlab.cli import main
+def test_wrong_options_are_a_sentence_and_leave_no_folder(tmp_path, name, asked, said):
+    found = error_of(list, write_samples(Run.open(name), tmp_path / "a", **asked))
+    assert said in found and "\n" not in found and not (tmp_path / "a").exists()
 
+
+def test_a_place_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("x")
-    code = main(["sample", *(w.format(tmp_path) for w in words)])
-    err = capsys.readouterr().err
-    assert code in ((2, 5) if words else (0,)) and said in err and err.count("\n") == bool(words)
-    assert not (tmp_path / "a").exists()
+    for place in ("file", "full"):
+        found = error_of(list, write_samples(Run.open("digits-rf"), tmp_path / place, **WAY))
+        assert "holds something else" in found
 
 
 def test_a_folder_of_other_samples_and_a_broken_part(tmp_path):
-    run = Run.open("digits-rf")
-    list(write_samples(run, tmp_path / "set", n=32, batch=16, steps=2))
-    for other in ({"steps": 3}, {"seed": 1}, {"n": 48}, {"batch": 8}):
-        with pytest.raises(ValueError, match="name another folder"):
-            list(write_samples(run, tmp_path / "set", **{"n": 32, "batch": 16, "steps": 2} | other))
-    part = tmp_path / "set" / "part-00001.safetensors"
+    run, folder = Run.open("digits-rf"), tmp_path / "set"
+    list(write_samples(run, folder, **WAY))
+    for other in ({"steps": 3}, {"seed": 1}, {"n": 48}, {"per_part": 8}):
+        assert "name another folder" in error_of(list, write_samples(run, folder, **WAY | other))
+    part = folder / "part-00001.safetensors"
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.raises(CorruptData, match="cannot be read"):
-        read_samples(tmp_path / "set")
-    (tmp_path / "set" / "index.json").write_text(json.dumps({"n": 1}))
-    with pytest.raises(ValueError, match="name another folder"):
-        list(write_samples(run, tmp_path / "set", n=32, batch=16, steps=2))
+        read_samples(folder)
+    (folder / "index.json").write_text(json.dumps({"n": 1}))
+    assert "name another folder" in error_of(list, write_samples(run, folder, **WAY))
