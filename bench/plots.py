@@ -8,8 +8,10 @@ import time
 import torch
 
 from cudlab.config import set_threads
+from cudlab.motion import motion_chart
+from cudlab.moves import moves_chart
 from cudlab.path import make_grid
-from cudlab.plot import motion_chart, moves_chart, path_chart, plane_chart
+from cudlab.plane import path_chart, plane_chart
 from cudlab.rng import draw_noise
 from cudlab.tradeoff import tradeoff_chart
 
