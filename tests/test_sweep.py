@@ -1,35 +1,48 @@
-"""Sweeps as real processes: killed workers, stops, failures, teachers, copies, other schedulers."""
+"""Sweeps: plans, failures, stops, killed workers, foreign clients, other schedulers."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("distributed")
-psutil = pytest.importorskip("psutil")
-
-import cudlab.cli  # noqa: E402
-import cudlab.run  # noqa: E402
-from cudlab.run import Run  # noqa: E402
+from cudlab.config import error_of
+from cudlab.create import create_run
+from cudlab.disk import is_locked
+from cudlab.jobs import parse_parameters, read_status
+from cudlab.plan import SweepOptions, TaskStatus, load_sweep, sweep_status
+from cudlab.run import Run
+from cudlab.runfiles import find_run
 from cudlab.sweep import (
-    TaskStatus,
-    is_blocked,
-    load_sweep,
+    open_cluster,
+    run_here,
     run_sweep,
+    run_sweep_file,
     show_live,
-    sweep_main,
-    sweep_status,
+    stop_on_signals,
 )
+from cudlab.training import train
 
 ROOT = Path(__file__).parent.parent
-STARTED = []
-WILD = {"name": "wild", "lr": 1, "clip": 0, "args.w2": 1e38, "steps": 200}
+WILD = {"name": "wild", "method": "cud", "lr": 1, "clip": 0, "args.w2": 1e38, "steps": 200}
+LONG = {"data": "moons", "steps": 300_000, "batch": 32, "save_every": 50}
+SHORT = {"data": "moons", "steps": 20, "batch": 32, "save_every": 10}
+ROW = {
+    "train": SHORT,
+    "jobs": [
+        {"name": "a", "method": "rf"},
+        {"name": "b", "method": "reflow", "args.teacher": "a", "args.pairs": 64},
+        {"name": "c", "method": "cud"},
+    ],
+    "evaluate": {"nfes": "2", "solvers": "euler", "n": 64},
+}
 
 
 @pytest.fixture
@@ -37,331 +50,319 @@ def lab(tmp_path, monkeypatch):
     "A folder for runs and sweep files, for this process and those it starts."
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
     monkeypatch.setenv("CUDLAB_DEVICE", "cpu")
-    yield tmp_path
-    for process in STARTED:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
-    STARTED.clear()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
 
 
-def grid(lab, content) -> str:
-    (lab / "grid.json").write_text(
-        content if isinstance(content, str) else json.dumps({"notebooks": "no"} | content)
-    )
-    return str(lab / "grid.json")
+def grid(lab, content) -> Path:
+    text = content if isinstance(content, str) else json.dumps(content)
+    (lab / "grid.json").write_text(text)
+    return lab / "grid.json"
 
 
-def start(file, *words):
-    command = [sys.executable, "-m", "cudlab.cli", "sweep", file, *words]
-    STARTED.append(
-        subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    )
-    return STARTED[-1]
+def last(tables) -> dict:
+    "The last status of a sweep by name."
+    *_, rows = tables
+    return {row.name: row for row in rows}
 
 
-def finish(process) -> tuple:
-    out, err = process.communicate(timeout=250)
-    return process.returncode, out, err
+def states(rows) -> dict:
+    return {row.name: row.state for row in rows}
 
 
-def wait_for(condition, process=None, seconds=100):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-    return found
+# The file
+
+BAD = {
+    "2 times": '{"train": {}, "train": {}}',
+    "NaN": '{"train": {"lr": NaN}}',
+    "Infinity": '{"train": {"lr": Infinity}}',
+    "line 1": '{"train": ',
+    "nested": "[" * 100000,
+    "braces": "[]",
+    "makes 0 jobs": "{}",
+    "10,001": json.dumps({"train": {"seed": list(range(10_001))}}),
+    "did you mean 'train'": '{"tarin": {}}',
+    "train = '3'": '{"train": 3}',
+    "jobs and evaluate": '{"jobs": [{}, 1]}',
+    "lists of sets": '{"train": {}, "evaluate": 3}',
+    "empty list": '{"train": {"seed": []}}',
+    "two jobs make the run": '{"train": {"data": "moons", "seed": [0, 0]}}',
+    "wait for each other": '{"train": {"method": "distill"}, "jobs": [{"name": "a", '
+    '"args.teacher": "b"}, {"name": "b", "args.teacher": "a"}]}',
+    "'a.evaluate' names 2 jobs": '{"jobs": [{"name": "a"}, {"name": "a.evaluate"}], '
+    '"evaluate": {}}',
+    "workers": '{"train": {}, "workers": -1}',
+    "cluster": '{"train": {}, "cluster": "pbs"}',
+}
 
 
-def at_work(file) -> list:
-    "(row, process) of the jobs that have one."
-    sweep, found = load_sweep(file), []
-    for row in sweep_status(sweep):
-        if row.state == "running":
-            known = json.loads((sweep.folder / f"{row.job}.json").read_text())
-            if "pid" in known and psutil.pid_exists(known["pid"]):
-                found.append((row, psutil.Process(known["pid"])))
-    return found
+@pytest.mark.parametrize("words, text", BAD.items(), ids=list(BAD))
+def test_a_bad_file_is_refused_in_a_sentence(lab, words, text):
+    message = error_of(load_sweep, grid(lab, text))
+    assert words in message and "\n" not in message and len(message) < 400
+    assert not (lab / "runs").exists()
 
 
-@pytest.mark.long
-def test_a_killed_worker_costs_nothing_and_a_second_time_there_is_nothing_to_do(lab):
-    file = grid(
-        lab,
-        {
-            "train": {"steps": 20, "batch": 32, "save_every": 5, "seed": [0, 1, 2]},
-            "workers": 2,
-            "jobs": [{"method": "rf"}, {"method": "cud", "args.aim": [2, 4, 8]}],
-        },
-    )
-    process = start(file)
-    assert (
-        "done" in process.stdout.readline() + process.stdout.readline() + process.stdout.readline()
-    )
-    other = finish(start(file, "status"))
-    assert (
-        other[0] == 3
-        and "12 jobs: " in other[1]
-        and any(word in other[1].splitlines()[-1] for word in (" running", " queued"))
-    )  # between two jobs none runs
-    row, job = wait_for(lambda: at_work(file), process)[0]
-    worker = psutil.Process(job.ppid())
-    assert process.pid in [p.pid for p in worker.parents()] and worker.pid != process.pid
-    worker.kill()
-    code, out, err = finish(process)
-    assert (code, err) == (0, "") and "12 jobs: 12 done" in out
-    assert not job.is_running() and not worker.is_running()
-    table = sweep_status(load_sweep(file))
-    assert len(table) == 12 and all(
-        r.state == "done" and (r.step, r.of, r.code) == (20, 20, 0) for r in table
-    )
-    made = {r.job: Run.open(r.job) for r in table}
-    assert all(found.verify() == 5 for found in made.values()) and row.job in made
-    stamps = {
-        name: (found.dir / "MANIFEST.json").stat().st_mtime_ns for name, found in made.items()
+def test_a_bad_job_is_listed_and_the_others_are_done(lab, capsys):
+    bad = {
+        "typo": {"stpes": 3},
+        "value": {"steps": "many"},
+        "args": {"method": "rf", "args.haeds": 4},
+        "data": {"data": f"folder:{lab}/nowhere"},
+        "net": {"net": "unknown"},
+        "teacher": {"method": "distill", "args.teacher": "nobody"},
+        "until": {"until": 3},
+        "taken": {"method": "rf"},
     }
-    code, out, err = finish(start(file))
-    assert (code, err) == (0, "") and "12 jobs: 12 done" in out
-    assert stamps == {
-        name: (found.dir / "MANIFEST.json").stat().st_mtime_ns for name, found in made.items()
-    }
-    assert not [p for p in ROOT.iterdir() if "dask" in p.name]
-
-
-@pytest.mark.long
-def test_a_failure_takes_only_those_that_wait_for_it(lab):
-    file = grid(
-        lab,
-        {
-            "train": {"data": "moons", "batch": 32},
-            "workers": 2,
-            "evaluate": {"run": ["wild", "good"], "nfes": 2, "solvers": "euler", "n": 64},
-            "jobs": [
-                WILD,
-                {"name": "good", "method": "rf", "steps": 20},
-                {"name": "pupil", "method": "distill", "args.teacher": "wild"},
-            ],
-        },
-    )
-    code, out, err = finish(start(file))
-    table = {r.job: r for r in sweep_status(load_sweep(file))}
-    assert code == 1 and {name: r.state for name, r in table.items()} == {
-        "wild": "failed",
-        "good": "done",
-        "pupil": "failed",
-        "wild.evaluate": "failed",
-        "good.evaluate": "done",
-    }
-    assert (
-        table["wild"].code == 4
-        and "not finite" in table["wild"].why
-        and table["pupil"].why.startswith("wild is not there: ")
-    )
-    assert (
-        len(err.splitlines()) == 3
-        and err.startswith("wild: failed with code 4: ")
-        and "5 jobs: 2 done, 3 failed" in out
-    )
-    assert not (lab / "runs" / "pupil").exists() and Run.open("good").scores[0]["nfe"] == 2
-
-
-@pytest.mark.long
-def test_a_killed_sweep_goes_on_and_a_second_one_is_refused(lab):
-    file = grid(
-        lab,
-        {
-            "train": {
-                "data": "moons",
-                "steps": 100000,
-                "batch": 32,
-                "save_every": 20,
-                "seed": [0, 1],
-            },
-            "workers": 2,
-        },
-    )
-    process = start(file)
-    jobs = wait_for(lambda: [j for j in at_work(file) if j[0].step > 20][1:], process) and [
-        j for _, j in at_work(file)
+    jobs = [SHORT | {"method": "rf", "name": name} | more for name, more in bad.items()]
+    jobs += [SHORT | {"name": "../up"}, SHORT | {"name": "good", "method": "rf"}]
+    config, options = parse_parameters(SHORT | {"method": "rf", "name": "taken", "steps": 7})
+    create_run(config, options.name)
+    evaluations = [
+        {"run": ["good", "value", "nobody"], "nfes": 2, "solvers": ["euler"], "n": 64},
+        {"run": "good", "nfe": 3},
     ]
-    process.kill()
-    process.wait()
-    psutil.wait_procs(jobs, 60)
-    assert not any(j.is_running() for j in jobs) and {
-        r.state for r in sweep_status(load_sweep(file))
-    } == {"stopped"}
-    before = {r.job: r.step for r in sweep_status(load_sweep(file))}
-    process = start(file)
-    wait_for(lambda: [j for j in at_work(file) if j[0].step > before[j[0].job]][1:], process)
-    code, out, err = finish(start(file))
-    assert code == 2 and "is running already" in err
-    process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    assert (code, err) == (3, "") and "the same command continues it" in out
-    table = sweep_status(load_sweep(file))
-    assert all(
-        r.state == "stopped" and before[r.job] < r.step < r.of and "SIGTERM" in r.why for r in table
-    )
-    assert all(Run.open(r.job).verify() == 5 for r in table) and not at_work(file)
+    file = grid(lab, {"jobs": jobs, "evaluate": evaluations})
+    assert run_sweep_file(file, status=True) == 3
+    assert "steps = 'many' is not a whole number" in capsys.readouterr().out
+    assert run_sweep_file(file, here=True) == 1
+    rows = {row.name: row for row in sweep_status(load_sweep(file))}
+    assert {name for name, row in rows.items() if row.state == "done"} == {"good", "good.evaluate"}
+    said = {
+        "typo": "did you mean 'steps'",
+        "value": "steps = 'many'",
+        "args": "argument of method rf",
+        "data": "nowhere",
+        "net": "unknown",
+        "teacher": "nobody",
+        "until": "until = 3 is not for a job of a sweep",
+        "taken": "run 'taken' exists with steps = 7",
+        "job-9": "name = '../up'",
+        "value.evaluate": "waits for value, which failed",
+        "nobody.evaluate": "unknown run",
+        "good.evaluate-2": "did you mean 'nfes'",
+    }
+    for name, words in said.items():
+        assert rows[name].state == "failed" and words in rows[name].why, rows[name]
+    assert len(capsys.readouterr().err.splitlines()) == len(said)
+    assert run_sweep_file(file, status=True) == 1
 
 
-@pytest.mark.long
-def test_interrupted_midway_and_continued(lab):
-    file = grid(
-        lab, {"train": {"data": "moons", "steps": 20, "batch": 32, "seed": [0, 1, 2]}, "workers": 1}
-    )
-    process = start(file)
-    assert "running" in process.stdout.readline() and "done" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    assert (code, err) == (3, "") and out.endswith("the same command continues it\n")
-    assert (
-        sweep_status(load_sweep(file))[0].state == "done"
-        and sweep_status(load_sweep(file))[-1].state != "done"
-    )
-    code, out, err = finish(start(file))
-    assert (code, err) == (0, "") and "3 jobs: 3 done" in out
+def test_jobs_keep_the_order_of_the_file_where_they_can(lab):
+    jobs = [
+        {"name": "late", "method": "reflow", "args.teacher": "early", "args.pairs": 64},
+        {"name": "z", "method": "cud"},
+        {"name": "early", "method": "rf"},
+        {"name": "a", "method": "rf", "seed": 3},
+    ]
+    evaluate = [{"run": "z", "nfes": "2", "n": 64}, {"nfes": "1", "n": 64}]
+    tasks = load_sweep(grid(lab, ROW | {"jobs": jobs, "evaluate": evaluate})).tasks
+    first = ["z", "z.evaluate", "z.evaluate-2", "early", "early.evaluate-2"]
+    assert list(tasks) == [*first, "late", "late.evaluate-2", "a", "a.evaluate-2"]
 
 
-@pytest.mark.long
-def test_legs_of_some_minutes_lead_to_the_end(lab):
-    file = grid(
-        lab, {"train": {"data": "moons", "steps": 3, "batch": 32, "minutes": 1e-4, "name": "legs"}}
-    )
-    assert finish(start(file))[0] == 0
-    log = next((lab / "runs" / ".sweeps").glob("*/legs.log")).read_text()
-    assert log.count("stopped by its time limit") == 2 and "run legs: done" in log
+def test_options_win_over_the_file_which_windows_may_have_marked(lab):
+    file = grid(lab, "")
+    file.write_text('{"train": {"name": "one"}, "workers": 3, "tries": 7}', encoding="utf-8-sig")
+    options = load_sweep(file, {"workers": 2, "minutes": 9}).options
+    assert (options.workers, options.tries, options.minutes) == (2, 7, 9)
+    assert "workers" in error_of(load_sweep, file, {"workers": "many"})
 
 
-@pytest.mark.long
-def test_notebooks_teacher_student_and_scores_are_copied(lab):
-    out = lab / "elsewhere"
-    file = grid(
-        lab,
-        {
-            "train": {"data": "moons", "steps": 20, "batch": 32},
-            "jobs": [
-                {"name": "b", "method": "distill", "args.teacher": "a"},
-                {"name": "a", "method": "rf"},
-            ],
-            "evaluate": {"nfes": "1", "solvers": "euler", "n": 64, "run": "b"},
-            "notebooks": "yes",
-            "keep": "slim",
-            "out": out.as_uri(),
-            "workers": 2,
-        },
-    )
-    code, said, err = finish(start(file))
-    assert (code, err) == (0, ""), said
-    for name in ("a", "b"):
-        copy = Run(out / name)
-        assert (
-            copy.verify() == 4
-            and copy.solve(index=2).x.shape == (2, 2)
-            and not (out / name / "train_state.pt").exists()
-        )
-        book = json.loads((out / name / "train.ipynb").read_text())
-        assert any(
-            "papermill" in c["metadata"] for c in book["cells"]
-        ) and f'name = "{name}"' in json.dumps(book["cells"]).replace("\\", "")
-    assert Run(out / "b").scores and Run.open("b").info["teacher"]["name"] == "a"
-    assert "1/1  seed 0" in (out / "b" / "evaluate.ipynb").read_text()
-    assert [r["state"] for r in json.loads((out / "sweep.json").read_text())] == ["done"] * 3
+def test_the_status_says_what_is_damaged(lab):
+    shipped = Path(find_run("digits-dode-euler5"))
+    for name, file in (("whole", ""), ("torn", "config.json")):
+        shutil.copytree(shipped, lab / "runs" / name)
+        if file:
+            data = (lab / "runs" / name / file).read_bytes()
+            (lab / "runs" / name / file).write_bytes(data[:-9])
+    evaluate = {"run": "whole torn", "solvers": "euler", "nfes": "4"}
+    rows = sweep_status(load_sweep(grid(lab, {"evaluate": evaluate})))
+    assert {row.name: row.state for row in rows} == {
+        "whole.evaluate": "waiting",
+        "torn.evaluate": "failed",
+    }
+    assert "config.json" in rows[1].why
 
 
-def test_what_is_done_is_copied_to_any_file_system(lab, capsys):
-    fsspec = pytest.importorskip("fsspec")
-    file = grid(lab, {"train": {"data": "moons", "steps": 3, "batch": 8, "name": "x"}})
-    assert finish(start(file))[0] == 0
-    assert sweep_main([file, "out=memory://there/sweep"]) == 0 and fsspec.filesystem(
-        "memory"
-    ).exists("/there/sweep/x/config.json")
-    assert not fsspec.filesystem("memory").exists("/there/sweep/x/ema.safetensors")
-    capsys.readouterr()
-    assert (
-        sweep_main([file, "out=memroy://there"]) == 2
-        and "did you mean 'memory'" in capsys.readouterr().err
-    )
-    (lab / "file").touch()
-    assert (
-        sweep_main([file, f"out={lab / 'file' / 'below'}"]) == 2
-        and len(capsys.readouterr().err.splitlines()) == 1
-    )
+def test_on_a_terminal_the_table_is_rewritten_in_place(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((50, 6)))
+    first = [TaskStatus(f"job-{i}") for i in range(9)]
+    second = [*first[:8], TaskStatus("job-8", "running", 3, 9, worker="1")]
+    rows = show_live(iter([first, second]))
+    out = capsys.readouterr().out
+    assert rows[8].step == 3 and out.count("\x1b[5F\x1b[J") == 1 == out.count("\x1b[J")
+    lines = out.splitlines()
+    assert lines[6].split()[:3] == ["job-8", "running", "3/9"]
+    assert lines[9] == "9 jobs: 1 running, 8 waiting" and max(map(len, lines)) < 60
 
 
-def test_a_reader_who_leaves_stops_the_jobs(lab):
-    file = grid(lab, {"train": {"data": "moons", "steps": 100000, "batch": 32, "name": "long"}})
-    tables = run_sweep(load_sweep(file))
-    while not next(tables)[0].step:
+# One job after another
+
+BLOCKED = """
+import sys
+MISSING = {"dask", "distributed", "psutil", "papermill", "fsspec", "nbformat", "plotly", "gradio"}
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Bare())
+from cudlab.sweep import run_sweep_file
+sys.exit(run_sweep_file(sys.argv[1], here=True))
+"""
+
+
+def test_here_needs_neither_dask_nor_papermill_and_takes_the_order_of_the_file(lab):
+    command = [sys.executable, "-c", BLOCKED, grid(lab, ROW)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    names = ["a", "a.evaluate", "b", "b.evaluate", "c", "c.evaluate"]
+    told = [line.split()[0] for line in done.stdout.splitlines() if "done" in line]
+    assert told == [*names, "6"] and done.stdout.endswith("6 jobs: 6 done\n")
+    assert len(list(run_sweep(load_sweep(lab / "grid.json")))) == 1  # nothing is left for Dask
+
+
+def test_here_makes_the_same_weights_as_a_training_by_hand(lab):
+    rows = last(run_here(load_sweep(grid(lab, {"train": SHORT | {"name": "swept"}}))))
+    config, _ = parse_parameters(SHORT)
+    for _ in train(create_run(config, "alone")):
         pass
+    assert rows["swept"].state == "done"
+    assert Run.open("swept").network_hash() == Run.open("alone").network_hash()
+
+
+def test_a_divergence_spoils_only_its_students(lab):
+    jobs = [
+        WILD,
+        {"name": "pupil", "method": "reflow", "args.teacher": "wild", "args.pairs": 64},
+        {"name": "c", "method": "cud"},
+    ]
+    rows = last(run_here(load_sweep(grid(lab, ROW | {"jobs": jobs}))))
+    assert states(rows.values()) == {
+        "wild": "failed",
+        "wild.evaluate": "failed",
+        "pupil": "failed",
+        "pupil.evaluate": "failed",
+        "c": "done",
+        "c.evaluate": "done",
+    }
+    assert "not finite" in rows["wild"].why and not (lab / "runs" / "pupil").exists()
+    assert rows["pupil"].why == "waits for wild, which failed"
+
+
+@pytest.mark.parametrize("way", ["signal", "minutes", "reader", "file"])
+def test_here_every_stop_saves_and_the_same_command_goes_on(lab, way):
+    file = grid(lab, {"train": LONG | {"name": "long"}, "jobs": [{"seed": 0}]})
+    sweep = load_sweep(file, {"minutes": 0.02} if way == "minutes" else {})
+    steps = []
+    for _ in range(2):
+        with stop_on_signals(sweep.dir / "STOP"):
+            tables = run_here(sweep)
+            asked = way == "minutes"
+            for rows in tables:
+                if rows[0].step > (steps or [0])[-1] and not asked:
+                    asked = True
+                    if way == "signal":
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    elif way == "reader":
+                        tables.close()
+                    elif way == "file":
+                        (sweep.dir / "STOP").touch()
+        row = sweep_status(sweep)[0]
+        assert row.state == "stopped" and Run.open("long").verify()
+        assert not (lab / "runs" / "long" / "STOP").exists()
+        steps.append(Run.open("long").step)
+    assert 0 < steps[0] < steps[1]
+
+
+def test_a_second_sweep_of_the_file_is_refused(lab):
+    sweep = load_sweep(grid(lab, {"train": LONG | {"name": "long"}}))
+    tables = run_here(sweep)
+    next(tables)
+    assert "is running already" in error_of(next, run_here(sweep))
     tables.close()
-    assert (
-        sweep_status(load_sweep(file))[0].state == "stopped"
-        and Run.open("long").step > 0
-        and not at_work(file)
-    )
+
+
+# On Dask
+
+
+def kill_a_worker(sweep, killed: list) -> None:
+    "Kill the process of the first training that has a checkpoint."
+    end = time.monotonic() + 200
+    while not killed and time.monotonic() < end:
+        time.sleep(0.02)
+        for task in sweep.tasks.values():
+            with contextlib.suppress(ValueError, OSError):  # a run that is being made
+                if is_locked(task.dir) and 40 <= Run(task.dir).step < 160:
+                    killed.append(read_status(task.dir).pid)
+                    os.kill(killed[0], signal.SIGKILL)
+                    return
+
+
+@pytest.mark.parametrize("seeds", [[0, 1], pytest.param([0, 1, 2], marks=pytest.mark.long)])
+def test_a_killed_worker_costs_nothing_and_a_second_time_there_is_nothing_to_do(lab, seeds):
+    pytest.importorskip("distributed")
+    pytest.importorskip("cryptography")
+    jobs = [{"method": "rf"}, {"method": "cud", "args.aim": [2, 4, 8] if len(seeds) > 2 else 4}]
+    steps = {"steps": 200, "save_every": 40, "seed": seeds}
+    sweep = load_sweep(grid(lab, {"train": SHORT | steps, "jobs": jobs, "workers": 2}))
+    killed = []
+    killer = threading.Thread(target=kill_a_worker, args=(sweep, killed))
+    killer.start()
+    *_, rows = run_sweep(sweep)
+    killer.join()
+    assert killed and len(rows) == len(seeds) * (4 if len(seeds) > 2 else 2)
+    assert all((row.state, row.step) == ("done", 200) for row in rows), rows
+    runs = [Run.open(row.name) for row in rows]
+    assert all(run.verify() for run in runs)
+    assert all(len({m["step"] for m in run.metrics}) == len(run.metrics) for run in runs)
+    assert len(list(run_sweep(sweep))) == 1
+
+
+def test_a_foreign_client_cannot_command_the_cluster(lab):
+    distributed = pytest.importorskip("distributed")
+    pytest.importorskip("cryptography")
+    import psutil
+
+    def refused(address, **security):
+        with pytest.raises(OSError):
+            distributed.Client(address, timeout=1, set_as_default=False, **security)
+
+    with open_cluster(SweepOptions(), 1) as client:
+        address = client.scheduler.address
+        assert address.startswith("tls://127.0.0.1:")
+        assert client.submit(os.getpid).result(timeout=60) != os.getpid()
+        refused(address, security=distributed.Security.temporary())
+        refused(address.replace("tls", "tcp"))
+        worker = next(iter(client.scheduler_info()["workers"]))
+        assert worker.startswith("tls://127.0.0.1:")
+        here = psutil.Process()
+        sockets = [s for p in (here, *here.children(True)) for s in p.net_connections()]
+        heard = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+        assert heard <= {"127.0.0.1", "::1"}, heard
+
+
+def test_a_cluster_that_is_not_there_is_a_sentence(lab):
+    pytest.importorskip("distributed")
+    file = grid(lab, {"train": SHORT, "scheduler": "tcp://127.0.0.1:1"})
+    assert "127.0.0.1:1" in error_of(list, run_sweep(load_sweep(file)))
+    file = grid(lab, {"train": SHORT, "cluster": "slurm"})
+    assert "cluster = 'slurm'" in error_of(list, run_sweep(load_sweep(file)))
 
 
 @pytest.mark.long
 def test_any_scheduler_and_a_stop_from_elsewhere(lab):
-    address, environment = (
-        lab / "scheduler.json",
-        os.environ | {"DASK_TEMPORARY_DIRECTORY": str(lab / "dask")},
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "distributed.cli.dask_scheduler",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-        "--no-dashboard",
-        "--scheduler-file",
-        address,
-    ]
-    scheduler = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    wait_for(address.exists, scheduler)
-    command = [
-        sys.executable,
-        "-m",
-        "distributed.cli.dask_worker",
-        "--scheduler-file",
-        address,
-        "--nthreads",
-        "1",
-        "--no-dashboard",
-        "--name",
-        "far",
-    ]
-    worker = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
-    try:
-        tcp = json.loads(address.read_text())["address"]
-        file = grid(
-            lab,
-            {
-                "train": {"data": "moons", "steps": 100000, "batch": 32, "name": "long"},
-                "scheduler": tcp,
-            },
-        )
-        process = start(file)
-        assert (
-            wait_for(lambda: [j for j in at_work(file) if j[0].step], process)[0][0].worker == "far"
-        )
-        assert finish(start(file, "stop"))[0] == 0
-        code, out, err = finish(process)
-        assert (
-            (code, err) == (3, "")
-            and sweep_status(load_sweep(file))[0].state == "stopped"
-            and worker.poll() is None
-        )
-    finally:
-        for process in (worker, scheduler):
-            process.terminate()
-            process.wait(30)
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options, local_directory=str(lab / "dask")) as cluster:
+        content = {"train": LONG | {"name": "long"}, "scheduler": cluster.scheduler_address}
+        sweep = load_sweep(grid(lab, content))
+        for rows in run_sweep(sweep):
+            if rows[0].step:
+                (sweep.dir / "STOP").touch()
+        assert rows[0].state == "stopped" and Run.open("long").verify()
+        assert len(cluster.scheduler_info["workers"]) == 1
 
 
 @pytest.mark.long
@@ -381,314 +382,64 @@ def test_slurm_by_a_stand_in(lab, monkeypatch):
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("DASK_TEMPORARY_DIRECTORY", str(lab / "dask"))
-    file = grid(
-        lab,
-        {
-            "train": {"data": "moons", "steps": 20, "batch": 32, "seed": [0, 1]},
-            "cluster": "slurm",
-            "workers": 1,
-            "slurm": {"cores": 2, "memory": "2GB", "interface": "lo", "walltime": "00:10:00"},
-        },
-    )
-    process = start(file, "slurm.queue=short")
-    wait_for(lambda: at_work(file), process)
-    os.killpg(int((lab / "asked").read_text().split()[0]), signal.SIGKILL)
-    code, out, err = finish(process)
-    assert (code, err) == (0, ""), (lab / "slurm.log").read_text()
+    slurm = {"cores": 2, "memory": "2GB", "interface": "lo", "queue": "short"}
+    train = SHORT | {"steps": 300, "save_every": 100, "seed": [0, 1]}
+    content = {"train": train, "cluster": "slurm", "workers": 1, "slurm": slurm}
+    asked = lab / "asked"
+    killed = False
+    for rows in run_sweep(load_sweep(grid(lab, content))):
+        if not killed and any(row.state == "running" for row in rows):
+            killed = True
+            os.killpg(int(asked.read_text().split()[0]), signal.SIGKILL)
+    assert killed and {row.state for row in rows} == {"done"}, (lab / "slurm.log").read_text()
+    assert {row.worker.rpartition("-")[0] for row in rows} == {"SLURMCluster"}
+    assert len(asked.read_text().split()) >= 2
     script = next(lab.glob("script-*")).read_text()
-    assert (
-        "#SBATCH -p short" in script and "--cpus-per-task=2" in script and "--nthreads 1" in script
-    )
-    assert len((lab / "asked").read_text().split()) >= 2 and {
-        r.worker.rpartition("-")[0] for r in sweep_status(load_sweep(file))
-    } == {"SLURMCluster"}
+    for words in ("#SBATCH -p short", "--cpus-per-task=2", "--nthreads 1"):
+        assert words in script
 
 
-BAD = {
-    "2 times": '{"train": {}, "train": {}}',
-    "NaN": '{"train": {"lr": NaN}}',
-    "not JSON": '{"train": ',
-    "Infinity": '{"train": {"lr": Infinity}}',
-    "nested": "[" * 100000,
-    "braces": "[]",
-    "no job": "{}",
-    "did you mean 'train'": '{"tarin": {}}',
-    "train = 3": '{"train": 3}',
-    "jobs = {}": '{"jobs": {}}',
-    "jobs[1] = 1": '{"jobs": [{}, 1]}',
-    "empty list": '{"train": {"seed": []}}',
-    "did you mean 'steps'": '{"train": {"stpes": [1, 2]}}',
-    "job 2 (method=cdu)": '{"train": {"method": ["rf", "cdu"]}}',
-    "argument of method rf": '{"train": {"method": "rf", "args.haeds": 4}}',
-    "steps = 'many'": '{"train": {"steps": "many"}}',
-    "as job 1 is": '{"train": {"seed": [0, 0]}}',
-    "unknown data set": '{"train": {"data": "mnits"}}',
-    "until": '{"train": {"until": 3}}',
-    "unknown teacher": '{"train": {"method": "distill", "args.teacher": "nobody"}}',
-    "waits for it in turn": '{"train": {"method": "distill"}, "jobs": [{"name": "a", '
-    '"args.teacher": "b"}, {"name": "b", "args.teacher": "a"}]}',
-    "must agree": '{"jobs": [{"name": "a", "method": "rf"}, {"name": "b", "method": "distill", '
-    '"args.teacher": "a", "data": "moons"}]}',
-    "n = 30 is too few": '{"train": {"data": "digits"}, "evaluate": {"n": 30}}',
-    "unknown feature extractor": '{"train": {"data": "digits"}, "evaluate": {"extractor": '
-    '"inceptoin"}}',
-    "did you mean 'nfes'": '{"train": {}, "evaluate": {"nfe": 3}}',
-    "evaluate = 3": '{"train": {}, "evaluate": 3}',
-    "unknown run": '{"evaluate": {"run": "nobody"}}',
-    "workers": '{"train": {}, "workers": -1}',
-    "cluster": '{"train": {}, "cluster": "pbs"}',
-    "keep": '{"train": {}, "keep": "all"}',
-    "10,000": json.dumps({"train": {"seed": list(range(10_001))}}),
-    "exclude each other": '{"train": {}, "cluster": "slurm", "scheduler": "tcp://127.0.0.1:1"}',
-    "slurm.cores": '{"train": {"data": "moons"}, "cluster": "slurm", "workers": 1}',
-    "127.0.0.1:1'": '{"train": {"data": "moons"}, "scheduler": "tcp://127.0.0.1:1"}',
-    "how many jobs of Slurm": '{"train": {"data": "moons"}, "cluster": "slurm"}',
-    "name = '../up'": '{"train": {"name": "../up"}}',
-    "net = 'mlp'": '{"train": {"net": "mlp"}}',
-}
-
-
-@pytest.mark.parametrize("names, text", BAD.items(), ids=list(BAD))
-def test_a_bad_file_is_refused_in_a_sentence(lab, capsys, names, text):
-    assert sweep_main([grid(lab, text)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and len(err.splitlines()) == 1 and names in err, err
-    assert not [p for p in (lab / "runs").glob("*") if p.name != ".sweeps"]
-
-
-def test_what_windows_writes_before_a_file_and_words_in_the_wrong_order(lab, capsys):
-    file = lab / "marked.json"
-    file.write_text('{"train": {"data": "moons", "name": "one"}}', encoding="utf-8-sig")
-    assert sweep_main([str(file), "plan"]) == 0 and "1 job: 1 waiting" in capsys.readouterr().out
-    assert (
-        sweep_main(["plan", str(file)]) == 2
-        and capsys.readouterr().err
-        == f"error: sweep = 'plan' is not a file, which comes first: cudlab sweep {file} "
-        "[plan|here|status|stop]\n"
-    )
-
-
-def test_who_waits_for_a_stopped_job_says_so(lab):
-    sweep = load_sweep(
-        grid(
-            lab,
-            {
-                "train": {"data": "moons", "batch": 32},
-                "jobs": [
-                    {"name": "first", "method": "rf"},
-                    {"name": "pupil", "method": "distill", "args.teacher": "first"},
-                ],
-            },
-        )
-    )
-    sweep.folder.mkdir(parents=True)
-    ended = {"first": 3}
-    assert (
-        is_blocked(sweep, sweep.tasks["pupil"], ended)
-        and ended["pupil"] == 3
-        and sweep_status(sweep)[1].why == "waits for first, which was stopped"
-    )
-
-
-def test_on_a_terminal_the_table_is_rewritten_in_place(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((50, 6)))
-    first = [TaskStatus(f"job-{i}", "queued") for i in range(9)]
-    table = show_live(
-        iter([first, [*first[:8], TaskStatus("job-8", "running", 3, 9, loss=0.5, worker="1")]])
-    )
-    out = capsys.readouterr().out
-    assert table[8].step == 3 and out.count("\x1b[5F\x1b[J") == 1 == out.count("\x1b[J")
-    assert out.splitlines()[6].split()[:3] == ["job-8", "running", "3/9"] and out.splitlines()[
-        9
-    ].startswith("9 jobs: 1 running, 8 queued")
-    assert max(map(len, out.splitlines())) < 60
-
-
-def test_a_name_that_another_configuration_has_is_refused(lab, capsys):
-    assert (
-        finish(start(grid(lab, {"train": {"data": "moons", "steps": 3, "batch": 8, "name": "x"}})))[
-            0
-        ]
-        == 0
-    )
-    assert (
-        sweep_main([grid(lab, {"train": {"data": "moons", "steps": 4, "batch": 8, "name": "x"}})])
-        == 2
-    )
-    assert "job 1: run 'x' exists with steps = 3" in capsys.readouterr().err
-
-
-# One job after another
-
-BLOCKED = """
+COMMAND = """
 import sys
-class Bare:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"dask", "distributed", "psutil", "papermill", "fsspec", "nbformat", "plotly", "gradio"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Bare())
-from cudlab.sweep import sweep_main
-sys.exit(sweep_main(sys.argv[1:]))
+from cudlab.sweep import run_sweep_file
+sys.exit(run_sweep_file(sys.argv[1]))
 """
-ROW = {
-    "train": {"data": "moons", "steps": 30, "batch": 32},
-    "jobs": [
-        {"name": "a", "method": "rf"},
-        {"name": "b", "method": "reflow", "args.teacher": "a", "args.pairs": 64},
-        {"name": "c", "method": "cud"},
-    ],
-    "evaluate": {"nfes": "2", "solvers": "euler", "n": 64},
-}
 
 
-def test_here_needs_neither_dask_nor_papermill_and_makes_the_same_weights(lab):
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, grid(lab, ROW | {"notebooks": "auto"}), "here"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    heads = list(dict.fromkeys(line.split(": ")[0] for line in done.stdout.splitlines()))
-    assert (
-        heads[:6] == ["a", "a.evaluate", "b", "b.evaluate", "c", "c.evaluate"]
-        and "6 done" in heads[-1] + done.stdout.splitlines()[-1]
-    )
-    assert (
-        cudlab.cli.run_main(
-            ["train", "name=alone", "data=moons", "steps=30", "batch=32", "method=cud"]
-        )
-        == 0
-    )
-    assert (lab / "runs" / "alone" / "ema.safetensors").read_bytes() == (
-        lab / "runs" / "c" / "ema.safetensors"
-    ).read_bytes()
-    assert {r.state for r in sweep_status(load_sweep(str(lab / "grid.json")))} == {"done"} and len(
-        list(run_sweep(load_sweep(str(lab / "grid.json"))))
-    ) == 1
+def start(file) -> subprocess.Popen:
+    "A sweep as a process with a session of its own, as a terminal starts it."
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", COMMAND, str(file)]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
 
-def test_here_goes_on_in_legs_and_stops_at_a_signal(lab):
-    file, steps = (
-        grid(
-            lab,
-            {
-                "train": {"data": "moons", "steps": 300_000, "batch": 32},
-                "jobs": [{"name": "long", "method": "rf"}],
-            },
-        ),
-        [],
-    )
-    for way in ("minutes=0.1", ""):
-        process = start(file, "here", *[way] * bool(way))
-        if not way:
-            wait_for(
-                lambda: (
-                    (lab / "runs" / "long" / "progress.json").is_file()
-                    and "running" in str(sweep_status(load_sweep(file))[0])
-                ),
-                process,
-            )
-            process.terminate()
-        code, out, err = finish(process)
-        assert code == 3 and "the same command continues it" in out, (code, out, err)
-        assert (
-            Run(lab / "runs" / "long").verify() >= 4
-            and sweep_status(load_sweep(file))[0].state == "stopped"
-        )
-        steps.append(Run(lab / "runs" / "long").step)
-    assert 0 < steps[0] < steps[1]
+def wait_for(condition) -> None:
+    end = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
 
 
-def test_here_a_failure_spoils_only_its_students_and_only_takes_a_part(lab, capsys):
-    content = ROW | {
-        "jobs": [
-            {"name": "a", "method": "rf"}
-            | {k: v for k, v in WILD.items() if k in ("lr", "clip")}
-            | {"name": "wild", "method": "cud", "args.w2": 1e38, "steps": 200},
-            {"name": "pupil", "method": "reflow", "args.teacher": "wild", "args.pairs": 64},
-            {"name": "c", "method": "cud"},
-            {"name": "d", "method": "cud", "seed": 1},
-        ]
-    }
-    file = grid(lab, content)
-    assert sweep_main([file, "here", "only=pupil,c"]) == 1
-    states = {r.job: (r.state, r.code) for r in sweep_status(load_sweep(file))}
-    assert (
-        states["wild"] == ("failed", 4)
-        and states["pupil"][0] == "failed"
-        and states["c"] == states["c.evaluate"] == ("done", 0)
-        and states["d"][0] == "waiting"
-    ), states
-    for words, told in (
-        (["only=pupl"], "did you mean 'pupil'"),
-        (["here", "workers=2"], "workers = 2"),
-        (["here", "scheduler=tcp://x:1"], "scheduler"),
-        (["here", "cluster=slurm", "slurm.cores=1", "slurm.memory=1GB", "workers=1"], "cluster"),
-        (["here", "minutes=-1"], "minutes = -1"),
-    ):
-        assert sweep_main([file, *words]) == 2
-        assert told in capsys.readouterr().err, words
+@pytest.mark.long
+def test_a_killed_sweep_goes_on_and_ctrl_c_stops_it_in_order(lab):
+    file = grid(lab, {"train": LONG | {"seed": [0, 1]}, "workers": 2})
+    sweep = load_sweep(file)
 
+    def steps():
+        return [row.step for row in sweep_status(sweep)]
 
-def test_minutes_stop_a_sweep_on_dask(lab):
-    file = grid(
-        lab,
-        {
-            "train": {"data": "moons", "steps": 300_000, "batch": 32},
-            "jobs": [{"name": "long", "method": "rf"}],
-        },
-    )
-    code, out, err = finish(start(file, "workers=1", "minutes=0.15"))
-    assert code == 3 and sweep_status(load_sweep(file))[0].state in ("stopped", "waiting"), (
-        out,
-        err,
-    )
-
-
-def test_the_order_of_the_file_is_kept_where_it_can_be(lab):
-    jobs = [
-        {"name": "late", "method": "reflow", "args.teacher": "early", "args.pairs": 64},
-        {"name": "z", "method": "cud"},
-        {"name": "early", "method": "rf"},
-        {"name": "a", "method": "rf", "seed": 3},
-    ]
-    tasks = load_sweep(
-        grid(
-            lab,
-            ROW
-            | {
-                "jobs": jobs,
-                "evaluate": [{"run": "z", "nfes": "2", "n": 64}, {"nfes": "1", "n": 64}],
-            },
-        )
-    ).tasks
-    assert list(tasks) == [
-        "z",
-        "z.evaluate",
-        "z.evaluate-2",
-        "early",
-        "early.evaluate-2",
-        "late",
-        "late.evaluate-2",
-        "a",
-        "a.evaluate-2",
-    ]
-
-
-def test_the_plan_says_what_is_damaged(lab):
-    shipped = Path(cudlab.run.find_run("digits-dode-euler5"))
-    for name, file in (("blunt", "ema.safetensors"), ("torn", "config.json")):
-        shutil.copytree(shipped, lab / "runs" / name)
-        data = (lab / "runs" / name / file).read_bytes()
-        (lab / "runs" / name / file).write_bytes(data[:-9])
-    (lab / "bad.json").write_text(
-        json.dumps({"evaluate": [{"run": "blunt torn", "solvers": "euler", "nfes": "4"}]})
-    )
-    table = sweep_status(load_sweep(str(lab / "bad.json")))
-    assert [(r.job, r.state) for r in table] == [
-        ("blunt.evaluate", "waiting"),
-        ("torn.evaluate", "waiting"),
-    ], table
-    assert "ema.safetensors" in table[0].why and "config.json" in table[1].why, table
+    process = start(file)
+    wait_for(lambda: min(steps()) > 50)
+    process.kill()
+    process.communicate()
+    dirs = [task.dir for task in sweep.tasks.values()]
+    wait_for(lambda: not any(map(is_locked, dirs)))  # the workers end with the sweep
+    assert {row.state for row in sweep_status(sweep)} == {"stopped"}
+    before = [Run(folder).step for folder in dirs]
+    process = start(file)
+    wait_for(lambda: all(now > then + 50 for now, then in zip(steps(), before)))
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (3, "") and "the same command continues it" in out
+    for row, then in zip(sweep_status(sweep), before):
+        assert row.state == "stopped" and row.step > then and Run.open(row.name).verify()
