@@ -29,7 +29,7 @@ def film(form: dict, rounds: int = 5) -> tuple:
     times = []
     for k in range(rounds + 1):
         began, marks, pages = time.perf_counter(), [], []
-        for page in trajectory.sampled(*(form | dict(seed=k)).values()):
+        for page in trajectory.stream_sample(*(form | dict(seed=k)).values()):
             marks.append(time.perf_counter() - began)
             pages.append(page)
         times.append((marks[0], marks[-2], marks[-1]))
@@ -38,7 +38,7 @@ def film(form: dict, rounds: int = 5) -> tuple:
 
 def bare(name: str, count: int, steps: int) -> float:
     "Seconds of so many network calls and nothing else."
-    from views.ask import open_run
+    from offer import open_run
 
     run = open_run(name)
     f, x = run.velocity(), torch.randn(count, *run.shape)
@@ -79,7 +79,8 @@ def main():
         import os
 
         os.environ["CUDLAB_RUNS_PATH"] = folder
-        from cudlab.training import create_run, train
+        from cudlab.create import create_run
+        from cudlab.training import train
 
         names = ["digits-cud"]
         try:

@@ -4,177 +4,162 @@ functions that know only the disk.
 
 import json
 import os
+import shutil
 import signal
-import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 gr = pytest.importorskip("gradio")
 pytest.importorskip("papermill")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "apps"))
 
-from views import live  # noqa: E402
+from small_lab import wait_for
+from views import live
 
-from cudlab.catalog import _cache, get_run_info
+import jobs
+from cudlab import catalog
+from cudlab.config import Config
+from cudlab.create import create_run
 from cudlab.run import Run
 
-LONG = "method=rf data=moons steps=1000000 batch=16 save_every=50 log_every=20"
+ENDLESS = "--method rf --data moons --steps 1000000 --batch 16 --save_every 50 --log_every 20"
+SHORT = ENDLESS.replace("1000000", "4000")
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    "An empty folder of runs, jobs allowed; whatever runs at the end is killed."
+    "An empty folder of runs, jobs allowed; whatever runs at the end is stopped."
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
     monkeypatch.setenv("CUDLAB_DEVICE", "cpu")
     monkeypatch.setenv("CUDLAB_THREADS", "1")
-    monkeypatch.setattr(live, "ALLOWED", True)
+    monkeypatch.setattr(jobs, "ALLOWED", True)
     yield tmp_path / "runs"
-    for r in live.mine():
-        if r.status == "running":
-            (r.dir / "STOP").touch()
-    wait(lambda: not live.is_locked(live.jobs() / "page.lock"))
-
-
-def wait(met, seconds: float = 120):
-    "Wait until something holds."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := met():
-            return found
-        time.sleep(0.1)
-    raise AssertionError(
-        f"{live.started()}: {live.state(live.started()) if live.started() else 'nothing was started'}"
-    )
-
-
-def reached(name, *states) -> dict:
-    "Wait until a job is in one of these states."
-    return wait(lambda: (at := live.state(name))["status"] in states and at)
+    for info in jobs.own_runs():
+        if info.status == "running":
+            (info.dir / "STOP").touch()
+    wait_for(lambda: not jobs.is_job_alive())
 
 
 def refusal(call, *args) -> str:
-    with pytest.raises(gr.Error) as e:
+    with pytest.raises(gr.Error) as caught:
         call(*args)
-    assert len(str(e.value.message)) <= 200
-    return e.value.message
+    assert len(str(caught.value.message)) <= 200
+    return caught.value.message
+
+
+def wait_until(name, *states):
+    "The job as soon as it is in one of these states."
+    return wait_for(lambda: (job := jobs.read_job(name)).status in states and job)
+
+
+def wait_until_saved(name, after: int = 0):
+    "The job as soon as it runs and has saved a checkpoint after this step."
+
+    def saved():
+        job = jobs.read_job(name)
+        return job.status == "running" and job.saved > after and job.pace and job
+
+    return wait_for(saved)
+
+
+def test_a_job_is_started_watched_and_stopped(lab):
+    name = jobs.start_job(f"{ENDLESS} --name first")
+    assert name == "first" and jobs.read_job(name).status in ("starting", "running")
+    assert "a job is running" in refusal(jobs.start_job, f"{ENDLESS} --name second")
+    assert not (lab / "second").exists()
+    job = wait_until_saved(name)
+    assert 0 < job.saved <= job.step < job.of == 1000000 and job.left > 0
+    os.kill(job.pid, 0)
+    figures, loss, samples, _, caption, _ = live.show_job(name)
+    assert "running" in figures and len(json.loads(loss)["data"]) == 2
+    assert "<circle" in samples and "Nothing is measured" in caption
+    assert "being trained" in refusal(jobs.start_job, f"{ENDLESS} --name first")
+    assert jobs.stop_job(name) == name
+    wait_until(name, "stopped")
+    wait_for(lambda: not jobs.busy_name())
+    assert Run.open(name).verify() and jobs.job_state(name)["log"]
+    assert jobs.read_job(name).is_resumable
+    before = json.dumps([jobs.job_state(name), [str(part) for part in live.choose_job()[:-1]]])
+    live.draw_samples_of.cache_clear()
+    catalog._cache.clear()
+    after = json.dumps([jobs.job_state(name), [str(part) for part in live.choose_job()[:-1]]])
+    assert after == before, "all that is shown is on the disk"
 
 
 @pytest.mark.long
 def test_a_job_from_start_over_stop_to_the_end(lab):
-    name = live.start(f"{LONG.replace('1000000', '4000')} name=first")
-    assert name == "first" and live.state(name)["status"] in ("starting", "running")
-    assert (
-        "a job is running" in refusal(live.start, f"{LONG} name=second")
-        and not (lab / "second").exists()
-    )
-    at = wait(
-        lambda: (
-            (at := live.state(name))["status"] == "running"
-            and at["saved"] >= 50
-            and at["pace"]
-            and at
-        )
-    )
-    assert 0 < at["saved"] <= at["step"] < at["of"] == 4000 and at["left"] > 0
-    os.kill(at["pid"], 0)
-    figures, loss, drawn, _, caption, _ = live.view(name)
-    assert (
-        "running" in figures
-        and len(json.loads(loss)["data"]) == 2
-        and "<circle" in drawn
-        and "Nothing is measured" in caption
-    )
-    assert "being trained" in refusal(live.start, f"{LONG.replace('1000000', '4000')} name=first")
-    assert live.stop(name) == name
-    at = reached(name, "stopped")
-    wait(lambda: not live.busy())
-    assert (
-        Run.open(name).verify()
-        and live.state(name)["pid"] is None
-        and any("continues it" in line for line in live.state(name)["log"])
-    )
-    before = json.dumps([live.state(name), [str(part) for part in live.chosen()[:-1]]])
-    live.samples.cache_clear()
-    _cache.clear()
-    assert json.dumps([live.state(name), [str(part) for part in live.chosen()[:-1]]]) == before
-    assert live.resume(name) == name
-    reached(name, "done")
-    wait(lambda: not live.busy())
+    name = jobs.start_job(f"{SHORT} --name first")
+    wait_until_saved(name)
+    jobs.stop_job(name)
+    wait_until(name, "stopped")
+    wait_for(lambda: not jobs.busy_name())
+    assert jobs.resume_job(name) == name
+    wait_until(name, "done")
+    wait_for(lambda: not jobs.busy_name())
     run = Run.open(name)
-    assert (
-        run.step == 4000
-        and [row["step"] for row in run.metrics] == list(range(20, 4001, 20))
-        and (run.dir / "train.ipynb").is_file()
-    )
-    assert "is done" in refusal(live.resume, name) and "trained already" in refusal(
-        live.start, f"{LONG.replace('1000000', '4000')} name=first"
-    )
+    assert run.step == 4000 and (run.dir / "train.ipynb").is_file()
+    assert [row["step"] for row in run.metrics] == list(range(20, 4001, 20))
+    assert "is done" in refusal(jobs.resume_job, name)
+    assert "trained already" in refusal(jobs.start_job, f"{SHORT} --name first")
 
 
 @pytest.mark.long
 def test_a_killed_job_is_dead_and_can_go_on(lab):
-    name = live.start(f"{LONG} name=victim")
-    at = wait(lambda: (at := live.state(name))["status"] == "running" and at["saved"] >= 50 and at)
-    os.kill(at["pid"], signal.SIGKILL)
-    at = reached(name, "dead")
-    assert "gone" in live.told(at) and get_run_info(name).status == "dead"
-    wait(lambda: not live.busy())
-    saved = get_run_info(name).step
-    live.resume(name)
-    wait(lambda: (now := live.state(name))["status"] == "running" and now["saved"] > saved)
-    live.stop(name)
-    reached(name, "stopped")
+    name = jobs.start_job(f"{ENDLESS} --name victim")
+    os.kill(wait_until_saved(name).pid, signal.SIGKILL)
+    job = wait_until(name, "dead")
+    assert "gone" in live.describe_job(job) and catalog.get_run_info(name).status == "dead"
+    wait_for(lambda: not jobs.busy_name())
+    saved = catalog.get_run_info(name).step
+    jobs.resume_job(name)
+    wait_until_saved(name, after=saved)
+    jobs.stop_job(name)
+    wait_until(name, "stopped")
     assert Run.open(name).verify()
 
 
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("stpes=20", "did you mean"),
-        ("steps=0", "steps"),
-        ("steps", "not key=value"),
-        ("method=cdu", "did you mean 'cud'"),
-        ("args.aim=x", "aim"),
-        ("data='moons", "cannot be read"),
-        ("name=../x", "looks like a path"),
-        ("method=boot args.teacher=../checkpoints/digits-rf", "looks like a path"),
-        ("method=boot args.teacher=digits-fr", "did you mean 'digits-rf'"),
-        ("method=boot data=moons args.teacher=digits-rf", "was trained with data"),
-        ("data=folder:/etc@8", "looks like a path"),
-        ("name=digits-rf", "ships with the lab"),
-        ("name=..", "looks like a path"),
-        ("seed=nan", "seed"),
-        ("device=cuda:77", "device"),
+        ("--stpes 20", "did you mean"),
+        ("--steps 0", "steps"),
+        ("--steps", "steps"),
+        ("steps 20", "steps"),
+        ("--method cdu", "did you mean 'cud'"),
+        ("--args.aim x", "aim"),
+        ("--data 'moons", "cannot be read"),
+        ("--name ../x", "looks like a path"),
+        ("--method boot --args.teacher ../checkpoints/digits-rf", "looks like a path"),
+        ("--method boot --args.teacher digits-fr", "did you mean 'digits-rf'"),
+        ("--method boot --data moons --args.teacher digits-rf", "was trained with data"),
+        ("--data folder:/etc@8", "looks like a path"),
+        ("--name digits-rf", "ships with the lab"),
+        ("--name ..", "looks like a path"),
+        ("--seed nan", "seed"),
+        ("--device cuda:77", "device"),
         ("x" * 3000, "at most 2,000"),
         (None, "not a text"),
-        (["steps=2"], "not a text"),
-        ("steps=5 name=a\x00b", "name"),
+        (["--steps 2"], "not a text"),
+        ("--steps 5 --name a\x00b", "name"),
     ],
+    ids=lambda value: str(value)[:60].replace("\x00", "0"),
 )
 def test_bad_parameters_are_a_sentence_and_start_nothing(lab, text, said):
-    assert said in refusal(live.start, text)
-    assert not lab.exists() or not [p for p in lab.rglob("*") if p.is_file()]
+    assert said in refusal(jobs.start_job, text)
+    assert not lab.exists() or not [path for path in lab.rglob("*") if path.is_file()]
 
 
 def test_a_name_that_is_taken_starts_nothing(lab):
-    from cudlab.config import Config
-    from cudlab.training import create_run
-
     create_run(Config(method="rf", data="moons", steps=10, batch=16), "taken")
-    assert (
-        "exists with steps"
-        in refusal(live.start, "method=rf data=moons steps=11 batch=16 name=taken")
-        and not live.started()
-    )
+    text = "--method rf --data moons --steps 11 --batch 16 --name taken"
+    assert "exists with steps" in refusal(jobs.start_job, text) and not jobs.started_name()
+    shutil.rmtree(lab / "taken")
 
 
-class Asked:
+def make_request(**headers) -> SimpleNamespace:
     "A request with these headers."
-
-    def __init__(self, **headers):
-        self.headers = {k.replace("_", "-"): v for k, v in headers.items()}
+    return SimpleNamespace(headers={key.replace("_", "-"): v for key, v in headers.items()})
 
 
 @pytest.mark.parametrize(
@@ -185,57 +170,48 @@ class Asked:
         dict(host="127.0.0.1:7860", x_forwarded_for="10.0.0.2"),
         dict(host="localhost:1", origin="null"),
     ],
+    ids=str,
 )
 def test_only_a_page_of_this_machine_may_start(lab, headers):
-    for call in (
-        lambda r: live.start(LONG, r),
-        lambda r: live.resume("x", r),
-        lambda r: live.stop("x", r),
-    ):
-        assert "this machine" in refusal(call, Asked(**headers)) or "its own machine" in refusal(
-            call, Asked(**headers)
-        )
-    live.permitted(Asked(host="127.0.0.1:7860", origin="http://127.0.0.1:7860"))
-    live.permitted(Asked(host="[::1]:7860"))
+    asked = make_request(**headers)
+    for call, text in ((jobs.start_job, ENDLESS), (jobs.resume_job, "x"), (jobs.stop_job, "x")):
+        assert "its own machine" in refusal(call, text, asked)
+    jobs.check_permission(make_request(host="127.0.0.1:7860", origin="http://127.0.0.1:7860"))
+    jobs.check_permission(make_request(host="[::1]:7860"))
 
 
 def test_nothing_is_started_when_it_is_off(lab, monkeypatch):
-    monkeypatch.setattr(live, "ALLOWED", False)
-    for call in (live.start, live.resume, live.stop):
-        assert "its own machine" in refusal(call, LONG)
+    monkeypatch.setattr(jobs, "ALLOWED", False)
+    for call in (jobs.start_job, jobs.resume_job, jobs.stop_job):
+        assert "its own machine" in refusal(call, ENDLESS)
     assert not lab.exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["", "..", "../runs/x", "/etc", "digits-rf", None, 3, ["x"], "\x00", "x" * 10_000]
-)
-def test_a_job_is_known_by_name_only(lab, name):
-    for call in (live.state, live.resume, live.stop):
-        refusal(call, name)
+def test_a_job_is_known_by_name_only(lab):
+    names = ["", "..", "../runs/x", "/etc", "digits-rf", None, 3, ["x"], "\x00", "x" * 10_000]
+    for name in names:
+        for call in (jobs.job_state, jobs.resume_job, jobs.stop_job):
+            refusal(call, name)
 
 
 def test_the_page_is_off_by_itself():
-    import importlib
-
-    assert (
-        importlib.util.find_spec("views.live")
-        and "ALLOWED = False" in Path(live.__file__).read_text()
-    )
+    assert "\nALLOWED = False\n" in Path(jobs.__file__).read_text()
 
 
 def test_a_lab_without_runs_has_an_empty_view(lab):
-    assert "No job yet" in live.chosen()[1] and not live.busy()
+    assert "No job yet" in live.choose_job()[1] and not jobs.busy_name()
+
+
+def test_the_example_can_be_started(lab):
+    config, _, folder = jobs.parse_job(live.EXAMPLE)
+    assert config.data == "moons" and not folder.exists()
 
 
 def test_text_stays_text_on_the_way_to_the_notebook():
-    from cudlab.config import Config
-    from cudlab.training import parse_parameters
-
-    config, job = parse_parameters(dict(method="cud", args={"aim": 4}, lr=1e-5, classes=True))
-    words = live.flags(config, job, "123")
-    assert (
-        words[words.index("name") - 1] == "-r"
-        and words[words.index("args") + 1] == '{"aim": 4}'
-        and words[words.index("lr") - 1] == "-p"
-    )
-    assert "steps" not in words and Config(lr=float(words[words.index("lr") + 1])).lr == 1e-5
+    config = Config(method="cud", args={"aim": 4}, lr=1e-5, classes=True)
+    _, options, _ = jobs.parse_job("--data moons")
+    words = jobs.papermill_flags(config, options, "123")
+    assert words[words.index("name") - 1] == "-r"
+    assert words[words.index("args") + 1] == '{"aim": 4}'
+    assert words[words.index("lr") - 1] == "-p" and "steps" not in words
+    assert Config(lr=float(words[words.index("lr") + 1])).lr == 1e-5

@@ -1,102 +1,41 @@
 "Runs: find one among a thousand, open it, read all about it, and see in what runs differ."
 
-import html
 import json
 import shlex
 import time
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import gradio as gr
+from markup import (
+    bold,
+    caption_html,
+    code_html,
+    count_noun,
+    details_html,
+    escape,
+    figures_html,
+    heading_html,
+    read_static,
+    table_html,
+)
+from offer import class_choices, listed_runs, open_run, sound_runs
+from request import LIMITS, as_one_line, error_line, parse_names
 
 from cudlab import plot
 from cudlab.catalog import RunInfo, config_diff
-from cudlab.config import Options, option
+from cudlab.config import Config, Options, option
+from cudlab.flags import flags_of
 from cudlab.methods import METHODS
 from cudlab.run import Run
 from cudlab.training import format_params
-from views.ask import (
-    as_one_line,
-    class_choices,
-    details_html,
-    error_line,
-    figures_html,
-    listed_runs,
-    names_of,
-    open_run,
-    table_html,
-)
+from views import PRIVATE, QUICK
 
 ALL = "all"
-MOST_BESIDE = 6
-HEADERS = [
-    "run",
-    "method",
-    "data",
-    "steps",
-    "parameters",
-    "fd",
-    "NFE",
-    "measured with",
-    "changed",
-    "state",
-]
-NUMERIC = [HEADERS.index(h) for h in ("steps", "parameters", "fd", "NFE")]
-
-# A thousand rows at once: the grid that comes with Gradio holds the page for seconds, a plain table
-# does not.
-LIST = """
-const numeric = new Set(NUMERIC), order = {by: -1, up: true};
-const box = element.querySelector('.runs-list'), make = (tag, text) => { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; return e; };
-let rows = [], now = null;
-const shown = (v, k) => v === null ? '' : numeric.has(k) ? v.toLocaleString('en-US', Number.isInteger(v) ? {} : {maximumSignificantDigits: 4}) : v;
-const sorted = () => order.by < 0 ? rows : [...rows].sort((a, b) => {
-  const [x, y] = [a[order.by], b[order.by]], none = (v) => v === null || v === '';
-  if (none(x) || none(y)) return none(x) - none(y);
-  return (numeric.has(order.by) ? x - y : String(x).localeCompare(String(y), 'en', {numeric: true})) * (order.up ? 1 : -1);
-});
-const draw = () => {
-  const table = make('table'), head = table.createTHead().insertRow(), body = table.createTBody();
-  HEADERS.forEach((name, k) => {
-    const cell = make('th'), button = make('button', name + (order.by === k ? (order.up ? ' ↑' : ' ↓') : ''));
-    cell.scope = 'col';
-    if (numeric.has(k)) cell.className = 'number';
-    cell.ariaSort = order.by !== k ? 'none' : order.up ? 'ascending' : 'descending';
-    button.onclick = () => { order.up = order.by === k ? !order.up : k !== 8; order.by = k; draw(); box.querySelectorAll('th button')[k].focus(); };
-    cell.append(button);
-    head.append(cell);
-  });
-  for (const row of sorted()) {
-    const line = body.insertRow();
-    if (row[0] === now) line.ariaCurrent = 'true';
-    line.onclick = () => { now = row[0]; body.querySelectorAll('[aria-current]').forEach((e) => { e.ariaCurrent = null; }); line.ariaCurrent = 'true'; trigger('click', {name: row[0]}); };
-    row.forEach((value, k) => {
-      const cell = line.insertCell();
-      if (numeric.has(k)) cell.className = 'number';
-      cell.title = k === 0 || k === 9 ? value : '';
-      cell.append(k ? shown(value, k) : make('button', value));
-    });
-  }
-  box.replaceChildren(table);
-};
-const read = () => { try { rows = JSON.parse(props.value || '[]'); } catch { rows = []; } draw(); };
-watch('value', read);
-read();
-""".replace("NUMERIC", json.dumps(NUMERIC)).replace("HEADERS", json.dumps(HEADERS))
-LIST_CSS = """
-.runs-list {overflow: auto; max-height: 420px; border-bottom: 1px solid var(--border-color-primary)}
-table {border-collapse: separate; border-spacing: 0; width: 100%; font-size: 14px; margin: 0; border: 0}
-tr {border: 0; background: transparent}
-th, td {text-align: left; padding: 5px 20px 5px 0; border: 0; border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); white-space: nowrap; font-variant-numeric: tabular-nums;
-  max-width: 300px; overflow: hidden; text-overflow: ellipsis; vertical-align: baseline}
-th {position: sticky; top: 0; z-index: 1; background: var(--body-background-fill)}
-th.number, td.number {text-align: right}
-button {font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; text-align: inherit; white-space: nowrap}
-th button {font-variant-caps: all-small-caps; letter-spacing: .07em; font-size: 15px; font-weight: 400; color: var(--body-text-color-subdued)}
-th[aria-sort=ascending] button, th[aria-sort=descending] button {color: var(--body-text-color)}
-tbody tr {cursor: pointer}
-tbody tr:hover td, tbody tr[aria-current] td {background: var(--background-fill-secondary)}
-tbody tr[aria-current] td:first-child {font-weight: 600}
-"""
+HEADERS = ["run", "method", "data", "steps", "parameters", "fd", "NFE", "measured with"]
+HEADERS += ["changed", "state"]
+LIST_HTML = "<div class='runs-list' role='group' aria-label='runs' tabindex='0'></div>"
+NUMERIC = [HEADERS.index(header) for header in ("steps", "parameters", "fd", "NFE")]
 
 
 # The list
@@ -110,98 +49,81 @@ class Filter(Options):
     data: str = option(ALL, "data set")
     text: str = option("", "words that must all occur in name, method, data, teacher or state")
 
+    def passes(self, info: RunInfo) -> bool:
+        "Whether a run is listed."
+        words = (info.name, info.method, info.data, info.teacher, describe_state(info))
+        line = " ".join(words).casefold()
+        return (
+            self.method in (ALL, info.method)
+            and self.data in (ALL, info.data)
+            and all(word in line for word in self.text.casefold().split())
+        )
 
-def state(r: RunInfo) -> str:
+
+def describe_state(info: RunInfo) -> str:
     "What a run is doing, in a word or with the reason."
-    if r.damaged:
-        return f"damaged: {r.damaged.removeprefix(f'run {r.name!r} is damaged: ')}"
-    at = "" if r.status in ("done", "new") else f" at {r.step:,} of {r.steps:,}"
-    word = (
-        "shipped"
-        if r.shipped and r.status == "done"
-        else "yours"
-        if r.status == "done"
-        else r.status
-    )
-    return word + at
+    if info.damaged:
+        return f"damaged: {info.damaged.removeprefix(f'run {info.name!r} is damaged: ')}"
+    if info.status == "done":
+        return "shipped" if info.shipped else "yours"
+    return "new" if info.status == "new" else f"{info.status} at {info.step:,} of {info.steps:,}"
 
 
-def row(r: RunInfo) -> list:
-    "A run as a row of the table, in the order of HEADERS."
-    best = r.best or {}
-    head = f", head {best['head']}" if best and best["head"] != 1 else ""
-    space = (
-        f"fd@{best['extractor']}, {best['solver']}{head}, {best['seeds']} "
-        f"{'seed' if best['seeds'] == 1 else 'seeds'}"
-        if best
-        else ""
-    )
-    fine = not r.damaged
-    return [
-        r.name,
-        r.method,
-        r.data,
-        r.step if fine else None,
-        r.parameters if fine else None,
-        best and float(f"{best['fd']:.4g}") or None,
-        best.get("nfe"),
-        space,
-        (r.changed or r.created)[:16].replace("T", " "),
-        state(r),
-    ]
+def describe_best(best: dict) -> str:
+    "How the best score of a run was measured."
+    head = "" if best["head"] == 1 else f", head {best['head']}"
+    seeds = count_noun(best["seeds"], "seed")
+    return f"fd@{best['extractor']}, {best['solver']}{head}, {seeds}"
 
 
-def browse(method: str = ALL, data: str = ALL, text: str = "") -> list:
+def make_row(info: RunInfo) -> list:
+    "A run as a row of the list, in the order of HEADERS."
+    best = info.best or {}
+    sizes = [None, None] if info.damaged else [info.step, info.parameters]
+    score = [None, None, ""]
+    if best:
+        score = [float(f"{best['fd']:.4g}"), best["nfe"], describe_best(best)]
+    changed = (info.changed or info.created)[:16].replace("T", " ")
+    return [info.name, info.method, info.data, *sizes, *score, changed, describe_state(info)]
+
+
+def browse_runs(method: str = ALL, data: str = ALL, text: str = "") -> list:
     """The runs that pass the filter: rows of run, method, data, steps, parameters, fd, NFE,
     measured with, changed, state.
     """
     with as_one_line():
-        asked = Filter(method=method or ALL, data=data or ALL, text=text or "")
-        if len(asked.text) > 200:
+        wanted = Filter(method=method or ALL, data=data or ALL, text=text or "")
+        if len(wanted.text) > 200:
             raise ValueError(
-                f"text = {asked.text[:40]!r}... has {len(asked.text):,} characters; at most "
+                f"text = {wanted.text[:40]!r}... has {len(wanted.text):,} characters; at most "
                 "200 are read"
             )
-        words = asked.text.casefold().split()
-        told = lambda r: " ".join((r.name, r.method, r.data, r.teacher, state(r))).casefold()
-        return [
-            row(r)
-            for r in listed_runs()
-            if asked.method in (ALL, r.method)
-            and asked.data in (ALL, r.data)
-            and all(w in told(r) for w in words)
-        ]
+        return [make_row(info) for info in listed_runs() if wanted.passes(info)]
 
 
-def counted(rows: list) -> str:
-    "How many runs there are in a table."
-    return (
-        f"<p class='caption' role='status'>{len(rows):,} "
-        f"{'run' if len(rows) == 1 else 'runs'}. Choose a row to open it everywhere.</p>"
-    )
+def update_list(method=ALL, data=ALL, text="") -> tuple:
+    "What the filter does to the page: the list and the line above it."
+    rows = browse_runs(method, data, text)
+    line = f"{count_noun(len(rows), 'run')}. Choose a row to open it everywhere."
+    value = dict(headers=HEADERS, numeric=NUMERIC, rows=rows)
+    return json.dumps(value), caption_html(line, status=True)
 
 
-def shown(method=ALL, data=ALL, text="") -> tuple:
-    "What the filter does to the page: the table and the line above it."
-    rows = browse(method, data, text)
-    return json.dumps(rows), counted(rows)
-
-
-def refreshed(method=ALL, data=ALL, text="", beside=None) -> tuple:
-    "What opening the view shows: the data sets and runs there are now, and the filtered table."
+def refresh_list(method=ALL, data=ALL, text="", beside=None) -> tuple:
+    "What opening the view shows: the data sets and runs there are now, and the filtered list."
     with as_one_line():
-        good = [r.name for r in listed_runs() if not r.damaged]
-        sets = sorted({r.data for r in listed_runs() if r.data})
+        names = [info.name for info in sound_runs()]
+        sets = sorted({info.data for info in listed_runs() if info.data})
         data = data if data in sets else ALL
-        kept = [n for n in beside or [] if n in good]
+        kept = [name for name in beside or [] if name in names]
     return (
         gr.update(choices=[ALL, *sets], value=data),
-        gr.update(choices=good, value=kept),
-        *shown(method, data, text),
+        gr.update(choices=names, value=kept),
+        *update_list(method, data, text),
     )
 
 
-def chosen(event: gr.EventData) -> tuple:
+def on_row(event: gr.EventData) -> tuple:
     "The run of the row that was clicked, and a sign that it was."
     with as_one_line():
         name = open_run((event._data or {}).get("name")).name
@@ -211,164 +133,153 @@ def chosen(event: gr.EventData) -> tuple:
 # Several runs
 
 
-def apart(names=None) -> str:
+def show_differences(names=None) -> str:
     "The configuration keys in which up to six runs differ, as a table."
     with as_one_line():
-        names = names_of(names, "runs", MOST_BESIDE) if names else []
+        names = parse_names(names, "beside") if names else []
         if len(names) < 2:
-            return "<p class='caption'>Choose two to six runs to see in what they differ.</p>"
-        found = [open_run(n) for n in names]
-        rows = [{k: "–" if v is None else str(v) for k, v in r.items()} for r in config_diff(found)]
-        return (
-            table_html(rows, ["key", *names], f"{len(rows)} keys differ")
-            if rows
-            else "<p class='caption'>These runs have the same configuration.</p>"
-        )
+            return caption_html("Choose two to six runs to see in what they differ.")
+        rows = config_diff([open_run(name) for name in names])
+        if not rows:
+            return caption_html("These runs have the same configuration.")
+        for row in rows:
+            row |= {key: "–" if value is None else str(value) for key, value in row.items()}
+        return table_html(rows, f"{len(rows)} keys differ")
 
 
 # One run
 
 
-def command(config) -> str:
+def train_again_command(config: Config) -> str:
     "The command line that trains this run again."
-    parts = ["python", "-m", "cudlab.cli", "train"]
-    for f in fields(config):
-        value, usual = (
-            getattr(config, f.name),
-            f.default if f.default is not MISSING else f.default_factory(),
-        )
-        if f.name == "args":
-            parts += [f"args.{k}={v}" for k, v in value.items()]
-        elif value != usual:
-            parts.append(f"{f.name}={value}")
-    return shlex.join(parts)
+    return shlex.join(["cudlab", "train", *flags_of(config)])
 
 
-def numbers_of(run: Run) -> str:
-    """What a run that holds a solver has learned, in a line each: for which network, and the
-    numbers with their spread.
+def format_number(value: float, deviation: float) -> str:
+    "A learned number with its spread."
+    return f"{value:.3f}\u00a0±\u00a0{deviation:.3f}" if deviation else f"{value:.3f}"
+
+
+def describe_numbers(run: Run) -> str:
+    """What a run that holds a solver has learned, in a line each: the numbers with their spread,
+    and for which network.
     """
     if run.method.trains != "solver":
         return ""
-    teacher, held = run.info["teacher"], run.tensors("ema.safetensors")
-    batches = held["solver.by_batch"][: held["solver.done"]]
-    spread = batches.std(0) if len(batches) > 1 else None
-    values = [
-        " / ".join(
-            f"{v:.3f}"
-            if spread is None or not spread[i, k]
-            else f"{v:.3f}\u00a0±\u00a0{spread[i, k]:.3f}"
-            for k, v in enumerate(line)
+    tensors = run.tensors("ema.safetensors")
+    batches = tensors["solver.by_batch"][: tensors["solver.done"]]
+    words = "Nothing is learned yet."
+    if len(batches):
+        spread = batches.std(0) if len(batches) > 1 else 0 * batches[0]
+        lines = []
+        for values, deviations in zip(tensors["solver.lam"].tolist(), spread.tolist()):
+            lines.append(" / ".join(map(format_number, values, deviations)))
+        words = (
+            f"Learned numbers, one a call, mean ± standard deviation over {len(batches)} batches: "
+            f"{code_html(', '.join(lines))}."
         )
-        for i, line in enumerate(held["solver.lam"].tolist())
-    ]
-    told = (
-        f"Learned numbers, one a call, mean ± standard deviation over {len(batches)} batches: "
-        f"<code>{', '.join(values)}</code>."
-        if len(batches)
-        else "Nothing is learned yet."
+    teacher = run.info["teacher"]
+    network = (
+        f"A solver for the network of {bold(teacher['name'])}, step {teacher['step']:,}, "
+        f"SHA-256 {code_html(teacher['network'][:12])}."
     )
-    return (
-        f"<p class='caption'>{told}</p><p class='caption'>A solver for the network of "
-        f"<b>{html.escape(teacher['name'])}</b>, step {teacher['step']:,}, "
-        f"SHA-256 <code>{html.escape(teacher['network'][:12])}</code>.</p>"
-    )
+    return caption_html(words) + caption_html(network)
 
 
-def logged(run: Run) -> str:
+def losses_table(run: Run) -> str:
     "The log of a training as a table, thinned to twenty rows."
-    rows = [
-        {
-            "step": m["step"],
-            **(m["loss"] if isinstance(m.get("loss"), dict) else {"loss": m.get("loss")}),
-        }
-        for m in run.metrics
-        if "step" in m
-    ]
+    rows = []
+    for line in run.metrics:
+        if "step" in line:
+            loss = line.get("loss")
+            losses = loss if isinstance(loss, dict) else {"loss": loss}
+            rows.append({"step": line["step"]} | losses)
+    if not rows:
+        return ""
     rows = rows[:: max(1, -(-len(rows) // 20))]
-    return (
-        details_html(
-            "the same as a table",
-            table_html(
-                rows,
-                list(dict.fromkeys(k for r in rows for k in r)),
-                "loss at every twentieth of the training",
-            ),
-        )
-        if rows
-        else ""
-    )
+    table = table_html(rows, "loss at every twentieth of the training")
+    return details_html("the same as a table", table)
 
 
-def training(run: Run):
+def draw_training(run: Run):
     "The training curve; where a solver was fitted, its error on held-out noise after each batch."
     chart = plot.training_chart(run.metrics)
     if run.method.trains == "solver":
-        chart.update_xaxes(
-            title_text="calibration batch", tickformat="d", dtick=max(1, run.num_steps // 10)
-        ).update_yaxes(title_text="held-out error")
+        dtick = max(1, run.num_steps // 10)
+        chart.update_xaxes(title_text="calibration batch", tickformat="d", dtick=dtick)
+        chart.update_yaxes(title_text="held-out error")
     return chart
 
 
-def about(name) -> tuple:
+def summarize_run(run: Run) -> str:
+    "The figures of a run."
+    unit = "fitted batches" if run.method.trains == "solver" else "trained steps"
+    parameters = format_params(run.info["parameters"]).removesuffix(" parameters")
+    return figures_html(
+        [
+            ("run", run.name),
+            ("method", run.config.method),
+            ("data", run.config.data),
+            (unit, f"{run.step:,} of {run.num_steps:,}"),
+            ("parameters", parameters),
+            ("heads", run.heads),
+            ("classes", len(class_choices(run)) or "none"),
+        ]
+    )
+
+
+def describe_files(run: Run) -> str:
+    "Whether the files are as they were saved, what the run was made from, when and where."
+    try:
+        files, numbers = f"all {run.verify()} files match their SHA-256", describe_numbers(run)
+    except ValueError as e:
+        files, numbers = error_line(e), ""
+    parts = [f"Files: {files}."]
+    if teacher := run.info.get("teacher", {}).get("name", ""):
+        parts.append(f"Teacher {bold(teacher)}.")
+    created = escape(run.info["created"][:16].replace("T", " "))
+    parts.append(f"Created {created} UTC. Folder {code_html(run.dir)}")
+    return numbers + caption_html(" ".join(parts))
+
+
+def config_table(config: Config) -> str:
+    "Every key of a configuration with its meaning."
+    rows = [
+        dict(
+            key=field.name,
+            value=str(getattr(config, field.name)),
+            meaning=field.metadata.get("help", ""),
+        )
+        for field in fields(config)
+    ]
+    return table_html(rows, "configuration")
+
+
+def show_run(name) -> tuple:
     """Everything known of a run: summary, training curve and the same as a table, command,
     configuration.
     """
     with as_one_line():
         run = open_run(name)
-        try:
-            files, held = f"all {run.verify()} files match their SHA-256", numbers_of(run)
-        except ValueError as e:
-            files, held = error_line(e), ""
-        unit = "fitted batches" if run.method.trains == "solver" else "trained steps"
-        facts = figures_html(
-            [
-                ("run", run.name),
-                ("method", run.config.method),
-                ("data", run.config.data),
-                (unit, f"{run.step:,} of {run.num_steps:,}"),
-                ("parameters", format_params(run.info["parameters"]).removesuffix(" parameters")),
-                ("heads", run.heads),
-                ("classes", len(class_choices(run)) or "none"),
-            ]
-        )
-        taught = run.info.get("teacher", {}).get("name", "")
-        taught = f" Teacher <b>{html.escape(taught)}</b>." if taught else ""
-        rows = [
-            dict(
-                key=f.name,
-                value=str(getattr(run.config, f.name)),
-                meaning=f.metadata.get("help", ""),
-            )
-            for f in fields(run.config)
-        ]
         return (
-            facts + held + f"<p class='caption'>Manifest: {files}.{taught} Created "
-            f"{html.escape(run.info['created'][:16].replace('T', ' '))} UTC. Folder "
-            f"<code>{html.escape(str(run.dir))}</code></p>",
-            training(run),
-            logged(run),
-            command(run.config),
-            table_html(rows, ["key", "value", "meaning"], "configuration"),
+            summarize_run(run) + describe_files(run),
+            draw_training(run),
+            losses_table(run),
+            train_again_command(run.config),
+            config_table(run.config),
         )
 
 
 # The page
 
 
-def build(
-    run: gr.Dropdown,  # the run of the whole explorer
-    tab: gr.Tab,  # the tab this view is in
-):
-    "The view and its wiring; returns the event after which another run is chosen."
-    quick = dict(queue=True, show_progress="hidden", concurrency_limit=8)
+def build_filter() -> list:
+    "Which runs are listed."
+    small = dict(value=ALL, min_width=130)
     with gr.Row(equal_height=False, elem_classes="filters"):
-        method = gr.Dropdown(
-            [ALL, *METHODS], value=ALL, label="Method", elem_id="runs-method", min_width=130
-        )
-        data = gr.Dropdown([ALL], value=ALL, label="Data", elem_id="runs-data", min_width=130)
+        method = gr.Dropdown([ALL, *METHODS], label="Method", elem_id="runs-method", **small)
+        data = gr.Dropdown([ALL], label="Data", elem_id="runs-data", **small)
         text = gr.Textbox(
-            "",
             label="Words",
             placeholder="name, state, ...",
             lines=1,
@@ -377,58 +288,56 @@ def build(
             elem_id="runs-text",
             min_width=180,
         )
-    count = gr.HTML(elem_id="runs-count")
-    frame = gr.HTML(
-        "[]",
-        html_template="<div class='runs-list' role='group' aria-label='runs' tabindex='0'></div>",
-        js_on_load=LIST,
-        css_template=LIST_CSS,
-        apply_default_css=False,
-        elem_id="runs-table",
-    )
-    opening = gr.State()
-    gr.HTML("<h2 class='group-name'>this run</h2>")
+    return [method, data, text]
+
+
+def build_run() -> list:
+    "What is known of one run, in the order of `show_run`."
+    gr.HTML(heading_html("this run"))
     facts = gr.HTML(elem_id="facts")
     loss = gr.Plot(label="Training", show_label=False, elem_id="loss")
     log = gr.HTML(elem_id="log")
-    made = gr.Code(
+    command = gr.Code(
         language="shell", lines=1, label="Command that makes this run", interactive=False
     )
     with gr.Accordion("Configuration", open=False):
         config = gr.HTML(elem_id="config")
-    gr.HTML("<h2 class='group-name'>differences</h2>")
-    beside = gr.Dropdown(
-        [],
-        value=[],
-        multiselect=True,
-        max_choices=MOST_BESIDE,
-        label="Runs beside each other",
-        info="two to six",
-        elem_id="runs-beside",
-    )
-    rows = gr.HTML(apart(), elem_id="differences")
+    return [facts, loss, log, command, config]
 
-    filters, told = [method, data, text], [facts, loss, log, made, config]
-    gr.on(
-        [method.input, data.input, text.input],
-        shown,
-        filters,
-        [frame, count],
-        preprocess=False,
-        trigger_mode="always_last",
-        api_visibility="private",
-        **quick,
-    )
-    tab.select(
-        refreshed,
-        [*filters, beside],
-        [data, beside, frame, count],
-        preprocess=False,
-        api_visibility="private",
-        **quick,
-    )
-    gr.api(browse, api_name="browse")
-    beside.change(apart, beside, rows, preprocess=False, api_name="differences", **quick)
-    gr.on([tab.select, run.change], about, run, told, preprocess=False, api_name="about", **quick)
-    frame.click(chosen, None, [run, opening], api_visibility="private", **quick)
-    return opening.change
+
+def build(run: gr.Dropdown) -> SimpleNamespace:
+    "The tab and its wiring; `opened` is the event after which the list has chosen a run."
+    with gr.Tab("Runs", id="runs") as tab:
+        gr.api(browse_runs, api_name="browse")
+        filters = build_filter()
+        count = gr.HTML(elem_id="runs-count")
+        listed = gr.HTML(
+            "",
+            html_template=LIST_HTML,
+            js_on_load=read_static("runs.js"),
+            css_template=read_static("runs.css"),
+            apply_default_css=False,
+            elem_id="runs-table",
+        )
+        opened = gr.State()
+        about = build_run()
+        gr.HTML(heading_html("differences"))
+        beside = gr.Dropdown(
+            [],
+            value=[],
+            multiselect=True,
+            max_choices=LIMITS["beside"],
+            label="Runs beside each other",
+            info="two to six",
+            elem_id="runs-beside",
+        )
+        differences = gr.HTML(show_differences(), elem_id="differences")
+    typed = [control.input for control in filters]
+    latest = PRIVATE | dict(trigger_mode="always_last")
+    gr.on(typed, update_list, filters, [listed, count], **latest)
+    refreshed = [filters[1], beside, listed, count]
+    tab.select(refresh_list, [*filters, beside], refreshed, **PRIVATE)
+    beside.change(show_differences, beside, differences, api_name="differences", **QUICK)
+    gr.on([tab.select, run.change], show_run, run, about, api_name="about", **QUICK)
+    listed.click(on_row, None, [run, opened], **PRIVATE)
+    return SimpleNamespace(opened=opened.change)

@@ -1,311 +1,84 @@
-"""Trade-off: quality against calls or time, for any runs and solvers, measured where points are
-missing.
-"""
+"Trade-off: quality against calls or time, for any runs and solvers, measured where it is missing."
 
-import html
 import shlex
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import gradio as gr
+from markup import csv_url, heading_html
+from offer import countable_solvers, open_run, pick_solver, run_choices, solver_names
+from request import LIMITS, Clock, as_one_line
 
-from cudlab import tradeoff
-from cudlab.config import Options, option
 from cudlab.dode import NATIVE
-from cudlab.evaluate import score_curve
-from cudlab.multistep import SOLVERS
+from cudlab.evaluate import Evaluation, score_curve
+from cudlab.flags import flags_of
 from cudlab.path import GRIDS
-from cudlab.run import Run
-from cudlab.scoring import PROTOCOL, why_incomparable
-from views.ask import (
-    MOST,
-    Clock,
-    as_one_line,
-    csv_url,
-    details_html,
-    find_entry,
-    listed_runs,
-    names_of,
-    open_run,
-    solver_names,
-    table_html,
+from views import (
+    ASIDE,
+    PRIVATE,
+    QUICK,
+    SOLVE,
+    SPLIT,
+    cancel_on,
+    remember_fields,
+    run_script,
+    save_file,
+)
+from views.scores import (
+    AXES,
+    VALUES,
+    Chart,
+    default_choice,
+    default_count,
+    draw_chart,
+    find_scores,
+    largest_protocol,
+    parse_chart,
 )
 
-VALUES = ("fd", "kd", "fd_inf", "precision", "recall", "density", "coverage", "sliced", "endpoint")
-AXES = {"NFE": "nfe", "wall time": "ms"}
-BASELINES = ("euler", "ab2", "dpmpp-2m", "unipc2-bh2")
 BUDGETS = "1, 2, 4, 8, 16"
+ADDRESS = ("runs", "solvers", "value", "axis", "grid2", "nfe", "seeds", "n")
 
 
-@dataclass
-class Chart(Options):
-    "What is drawn, and how a missing point is measured."
-
-    value: str = option("fd", "which score", choices=VALUES)
-    axis: str = option("NFE", "what it is drawn against", choices=tuple(AXES))
-    grid: str = option("uniform", "time grid", choices=(*GRIDS, NATIVE))
-    n: int = option(2000, "samples per score", low=16, high=MOST["n"])
-
-
-def whole_numbers(text, what: str, low: int, high: int, most: int) -> list:
-    "Numbers from what a person typed: 1, 2, 4."
-    parts = [
-        p
-        for p in str("" if text is None else text).replace(";", ",").replace(" ", ",").split(",")
-        if p
-    ]
-    for part in parts:
-        if not part.isdecimal() or len(part) > 16 or not low <= int(part) <= high:
+def parse_numbers(text, what: str, low: int, high: int, most: int) -> list:
+    "Whole numbers from what a person typed: 1, 2, 4."
+    example = f"{low}, {low + 1}, {low + 2}"
+    words = str("" if text is None else text).replace(";", " ").replace(",", " ").split(" ")
+    words = [word for word in words if word]
+    for word in words:
+        if not word.isdecimal() or len(word) > 16 or not low <= int(word) <= high:
             raise ValueError(
-                f"{what} = {part[:40]!r} is not a whole number from {low} to {high}; write them "
-                f"as {low}, {low + 1}, {low + 2}"
+                f"{what} = {word[:40]!r} is not a whole number from {low} to {high}; write them "
+                f"as {example}"
             )
-    if not parts or len(set(parts)) > most:
-        raise ValueError(
-            f"{what}: {'nothing is' if not parts else f'{len(set(parts))} numbers are'} given; "
-            f"write 1 to {most} of them as {low}, {low + 1}, {low + 2}"
-        )
-    return sorted(set(map(int, parts)))
+    numbers = sorted(set(map(int, words)))
+    if not 1 <= len(numbers) <= most:
+        given = f"{len(numbers)} numbers are" if numbers else "nothing is"
+        raise ValueError(f"{what}: {given} given; write 1 to {most} of them as {example}")
+    return numbers
 
 
-def beside(run: Run) -> tuple:
-    """What a run is shown with unless asked otherwise: itself and its teacher; its own solver and
-    the baselines.
-    """
-    shown = {r.name for r in listed_runs() if not r.damaged}
-    kin = [
-        n
-        for n in (
-            run.info.get("teacher", {}).get("name"),
-            run.reference_run.name if run.reference_run else None,
-        )
-        if n in shown
-    ]
-    return list(dict.fromkeys([run.name, *kin])), list(
-        dict.fromkeys([run.sampling_defaults["solver"], *BASELINES])
-    )
+def parse_nfes(text) -> list:
+    "Budgets in network calls."
+    return parse_numbers(text, "NFE", 1, LIMITS["nfe"], LIMITS["scores"])
 
 
-def samples(run: Run) -> int:
-    "Samples per score: as many as the run's scores have, so that a new point may join them."
-    group = protocol(run.scores)
-    return group[-1]["n"] if group and 16 <= group[-1].get("n", 0) <= MOST["n"] else Chart().n
+def parse_seeds(text) -> list:
+    "Noise seeds."
+    return parse_numbers(text, "seeds", 0, 2**53 - 1, LIMITS["seeds"])
 
 
-def selected(names: list, solvers: list, grid: str) -> list:
-    """The scores of these runs with these solvers on this grid; what is made for one grid or is a
-    run of its own counts on it.
-    """
-    found = []
-    for name in names:
-        run = open_run(name)
-        mine = {run.name, *solvers} if run.method.trains == "solver" else set(solvers)
-        for score in run.scores:
-            solver = score.get("solver")
-            want = (run.sampling_fixed or {}).get("grid") or (
-                SOLVERS[solver].grid if grid == NATIVE and solver in SOLVERS else grid
-            )
-            if solver in mine and (score.get("grid", "uniform") == want or solver not in SOLVERS):
-                found.append(score)
-    return found
-
-
-def protocol(scores: list, newest: dict = None) -> list:
-    """The largest set of scores that may share an axis, the newest where sizes tie; the one of a
-    score that was just measured.
-    """
-    groups = []
-    for score in scores:
-        home = next((g for g in groups if not why_incomparable(g[0], score)), None)
-        if home is None:
-            groups.append([score])
-        else:
-            home.append(score)
-    if newest:
-        return next(g for g in groups if not why_incomparable(g[0], newest))
-    return max(reversed(groups), key=len) if groups else []
-
-
-def drawn(names: list, solvers: list, chart: Chart, newest: dict = None) -> tuple:
-    "Chart, protocol in words, and the same as a table."
-    scores = selected(names, solvers, chart.grid)
-    group = protocol(scores, newest)
-    have = [s for s in group if s.get(chart.value) is not None]
-    if not have:
-        why = (
-            f"None of these scores holds {chart.value}: they are from before it was measured, or "
-            "it does not exist for these runs."
-            if group
-            else "Nothing measured yet."
-        )
-        return (
-            tradeoff.tradeoff_chart([], chart.value, AXES[chart.axis]),
-            f"<p class='caption'>{why} Choose solvers and numbers of calls, then press <b>Measure "
-            "missing points</b>.</p>",
-            "",
-        )
-    words = ", ".join(
-        f"{html.escape(k)} <b>{html.escape(str(group[0][k]))}</b>"
-        for k in (*PROTOCOL, "device")
-        if group[0].get(k) not in (None, "")
-    )
-    lines = {}
-    for s in have:
-        lines.setdefault(tradeoff.name_line(s), set()).add(s.get("seed", 0))
-    single = sum(len(found) == 1 for found in lines.values())
-    bars = (
-        "Bars: 95 % intervals"
-        + (
-            " over the samples of the one seed"
-            if single == len(lines)
-            else " over the seeds"
-            if not single
-            else f" over the seeds; over the samples for {single} of {len(lines)} lines, which "
-            "have one seed"
-        )
-        + "."
-    )
-    seeds = ", ".join(str(s) for s in sorted({s.get("seed", 0) for s in have}))
-    note = next((s["note"] for s in have if s.get("note")), "")
-    left = next(
-        (
-            f" {len(scores) - len(group)} scores are not on this axis: "
-            f"{html.escape(why_incomparable(group[0], s))}."
-            for s in scores
-            if s not in group
-        ),
-        "",
-    )
-    timed = (
-        " Times are those of the clock when each score was measured: other work on the machine "
-        "lengthens them."
-        if AXES[chart.axis] == "ms"
-        else ""
-    )
-    looked = html.escape(", ".join(sorted({s["run"] for s in have if s.get("seen")})))
-    caption = (
-        f"<p class='caption'>Protocol: {words}, seeds <b>{seeds}</b>. "
-        f"{bars}{f' {html.escape(note)}.' if note else ''}{left}"
-        f"{f' Trained through features of this family, so not judged by them: <b>{looked}</b>.' if looked else ''}{timed}</p>"
-    )
-    columns = [
-        "run",
-        "solver",
-        "grid",
-        "head",
-        "steps",
-        "nfe",
-        *VALUES,
-        "reference",
-        "seen",
-        "straightness",
-        "ms",
-        "seconds",
-        "seed",
-        "n",
-        "weights",
-        "extractor",
-        "machine",
-    ]
-    columns = [k for k in columns if any(s.get(k) is not None for s in have)]
-    columns += [
-        k
-        for k in ("lower_order_final", "denoise")
-        if any(s.get(k, tradeoff.USUAL_SAMPLING[k]) != tradeoff.USUAL_SAMPLING[k] for s in have)
-    ]
-    rows = sorted(
-        have,
-        key=lambda s: (
-            str(s.get("run")),
-            str(s.get("solver")),
-            s.get("nfe") or 0,
-            s.get("seed") or 0,
-        ),
-    )
-    height = 400 + 18 * max(0, len(lines) - 4)
-    return (
-        tradeoff.tradeoff_chart(have, chart.value, AXES[chart.axis], height=height),
-        caption,
-        details_html(
-            f"{len(rows)} scores as a table", table_html(rows, columns, f"{len(rows)} scores")
-        ),
-    )
-
-
-def scores(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
+def show_scores(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
     "What is measured of these runs and solvers: (chart, protocol in words, table)."
     with as_one_line():
-        return drawn(
-            names_of(names, "runs", 24),
-            names_of(solvers, "solvers", 12),
-            Chart(value=value, axis=axis, grid=grid),
-        )
+        return draw_chart(parse_chart(names, solvers, value=value, axis=axis, grid=grid))
 
 
-def measured(names, solvers, value, axis, grid, wanted, n, seeds, progress=gr.Progress()):
-    "Measure the points that are missing, one by one: (chart, protocol, table) after each."
-    with as_one_line():
-        chart, clock = Chart(value=value, axis=axis, grid=grid, n=n), Clock(5)
-        names, solvers = names_of(names, "runs", 24), names_of(solvers, "solvers", 12)
-        budgets, seeds = (
-            whole_numbers(wanted, "NFE", 1, MOST["nfe"], MOST["scores"]),
-            whole_numbers(seeds, "seeds", 0, 2**53 - 1, 10),
-        )
-        jobs = []
-        for name in names:
-            run = open_run(name)
-            offered = solver_names(run)
-            for solver in solvers:
-                if solver not in SOLVERS:
-                    find_entry(solver)
-                if solver in offered:
-                    made = find_entry(solver, run)
-                    fixed = {k: made.made_for[k] for k in ("head", "guidance")} if made.ts else {}
-                    on = (
-                        run.sampling_fixed["grid"]
-                        if run.sampling_fixed
-                        else made.grid
-                        if made.ts
-                        else chart.grid
-                    )
-                    jobs += [
-                        (run, solver, dict(seed=seed, n=chart.n, grid=on, **fixed))
-                        for seed in seeds
-                    ]
-        if not jobs:
-            raise ValueError(
-                f"none of these solvers goes with {', '.join(names)[:80]}; choose another solver"
-            )
-        made, newest = 0, None
-        for at, (run, solver, how) in enumerate(jobs):
-
-            def tell(done, size, at=at, run=run, solver=solver):
-                clock.check()
-                progress(
-                    (at * size + done, len(jobs) * size),
-                    desc=f"{run.name}, {solver}: line {at + 1} of {len(jobs)}",
-                    unit="samples",
-                )
-
-            for score in score_curve(run, (solver,), tuple(budgets), progress=tell, **how):
-                run.add_score(score)
-                made, newest = made + 1, score
-                yield drawn(names, solvers, chart, newest)
-        if not made:
-            gr.Info("All of these points are measured already, or not possible.", duration=4)
-        yield drawn(names, solvers, chart, newest)
-
-
-def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
+def export_scores(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
     "(a data address, a file name) of the scores that are drawn, as CSV with their whole protocol."
     with as_one_line():
-        chart = Chart(value=value, axis=axis, grid=grid)
-        rows = [
-            s
-            for s in protocol(
-                selected(names_of(names, "runs", 24), names_of(solvers, "solvers", 12), chart.grid)
-            )
-            if s.get(chart.value) is not None
-        ]
+        chart = parse_chart(names, solvers, value=value, axis=axis, grid=grid)
+        group = largest_protocol(find_scores(chart))
+        rows = [score for score in group if score.get(chart.value) is not None]
         if not rows:
             raise ValueError(
                 "nothing is measured of these runs and solvers yet, so there is nothing to save"
@@ -313,21 +86,207 @@ def exported(names, solvers, value="fd", axis="NFE", grid="uniform") -> tuple:
         return csv_url(rows), "trade-off.csv"
 
 
-def job(names, solvers, grid, wanted, n, seeds, **how) -> str:
+# The scores that are missing
+
+
+def plan_lines(chart: Chart, seeds: list) -> list:
+    "The lines of a chart that can be measured: (run, solver, arguments of the sampling)."
+    for name in chart.solvers:
+        pick_solver(name)
+    lines = []
+    for run in map(open_run, chart.runs):
+        offered = solver_names(run)
+        for name in chart.solvers:
+            if name not in offered:
+                continue
+            solver = pick_solver(name, run)
+            how = dict(n=chart.n, grid=chart.grid)
+            if solver.ts:
+                made_for = solver.made_for
+                how |= dict(grid=solver.grid, head=made_for["head"], guidance=made_for["guidance"])
+            if run.sampling_fixed:
+                how["grid"] = run.sampling_fixed["grid"]
+            lines += [(run, name, how | dict(seed=seed)) for seed in seeds]
+    if not lines:
+        raise ValueError(
+            f"none of these solvers goes with {', '.join(chart.runs)[:80]}; choose another solver"
+        )
+    return lines
+
+
+def stream_scores(names, solvers, value, axis, grid, nfes, n, seeds, progress=gr.Progress()):
+    "Measures the points that are missing, one by one: (chart, protocol, table) after each."
+    with as_one_line():
+        chart = parse_chart(names, solvers, value=value, axis=axis, grid=grid, n=n)
+        budgets = tuple(parse_nfes(nfes))
+        lines = plan_lines(chart, parse_seeds(seeds))
+        clock = Clock(5)
+        newest = None
+        for at, (run, solver, how) in enumerate(lines):
+            words = f"{run.name}, {solver}: line {at + 1} of {len(lines)}"
+
+            def tell(done, size, at=at, words=words):
+                clock.check()
+                total = len(lines) * size
+                progress((at * size + done, total), desc=words, unit="samples")
+
+            for score in score_curve(run, (solver,), budgets, progress=tell, **how):
+                run.add_score(score)
+                newest = score
+                yield draw_chart(chart, newest)
+        if newest is None:
+            gr.Info("All of these points are measured already, or not possible.", duration=4)
+        yield draw_chart(chart, newest)
+
+
+def score_command(names, solvers, grid, nfes, n, seeds, **sampling) -> str:
     "The command that measures the same."
     with as_one_line():
-        row = lambda v: " ".join(map(str, v))
-        given = (
-            dict(
-                run=row(names_of(names, "runs", 24)),
-                solvers=row(names_of(solvers, "solvers", 12)),
-                nfes=row(whole_numbers(wanted, "NFE", 1, MOST["nfe"], MOST["scores"])),
-                seeds=row(whole_numbers(seeds, "seeds", 0, 2**53 - 1, 10)),
-                n=Chart(n=n, grid=grid).n,
-                grid=grid,
-            )
-            | how
+        chart = parse_chart(names, solvers, grid=grid, n=n)
+        job = Evaluation(
+            solvers=" ".join(chart.solvers),
+            nfes=" ".join(map(str, parse_nfes(nfes))),
+            seeds=" ".join(map(str, parse_seeds(seeds))),
+            n=chart.n,
+            grid=chart.grid,
+            **sampling,
         )
-        return "papermill nbs/evaluate.ipynb scores.ipynb " + " ".join(
-            f"-p {k} {shlex.quote(str(v))}" for k, v in given.items()
+        return shlex.join(["cudlab", "evaluate", *chart.runs, *flags_of(job)])
+
+
+# The page
+
+
+def update_choice(name, wanted: dict = None) -> tuple:
+    "Runs, solvers and samples that go with a run; `wanted` are fields of the address."
+    with as_one_line():
+        run = open_run(name)
+        wanted = wanted or {}
+        runs = [choice for _, choice in run_choices()]
+        solvers = countable_solvers()
+        chosen_runs, chosen_solvers = default_choice(run)
+        asked_runs = wanted.get("runs", "").split()[: LIMITS["runs"]]
+        asked_solvers = wanted.get("solvers", "").split()[: LIMITS["solvers"]]
+        known = [solver for _, solver in solvers]
+        return (
+            gr.update(choices=runs, value=[r for r in asked_runs if r in runs] or chosen_runs),
+            gr.update(
+                choices=solvers,
+                value=[s for s in asked_solvers if s in known] or chosen_solvers,
+            ),
+            wanted.get("n", default_count(run)),
         )
+
+
+def build_choice() -> SimpleNamespace:
+    "What is drawn."
+    runs = gr.Dropdown(
+        [],
+        value=[],
+        multiselect=True,
+        label="Runs",
+        info="a teacher stands beside its student",
+        elem_id="t-runs",
+    )
+    solvers = gr.Dropdown(
+        [],
+        value=[],
+        multiselect=True,
+        label="Solvers",
+        info="AB2, DPM++ and UniPC are the baselines",
+        elem_id="t-solvers",
+    )
+    value = gr.Dropdown(
+        list(VALUES), value="fd", label="Score", filterable=False, elem_id="t-value"
+    )
+    axis = gr.Radio(list(AXES), value="NFE", label="Against")
+    grid = gr.Dropdown(
+        [*GRIDS, NATIVE],
+        value="uniform",
+        label="Grid",
+        info="native is the one of each solver's authors",
+        filterable=False,
+        elem_id="t-grid",
+    )
+    return SimpleNamespace(runs=runs, solvers=solvers, value=value, axis=axis, grid=grid)
+
+
+def build_plan() -> SimpleNamespace:
+    "What is to be measured."
+    gr.HTML(heading_html("to measure"))
+    nfes = gr.Textbox(
+        BUDGETS, label="NFE", info="network calls per sample, with commas", max_length=200
+    )
+    n = gr.Slider(100, LIMITS["n"], value=2000, step=100, label="Samples per score")
+    seeds = gr.Textbox("0", label="Seeds", info="three or more give an interval", max_length=100)
+    with gr.Row(elem_classes="buttons"):
+        measure = gr.Button(
+            "Measure missing points",
+            variant="primary",
+            elem_id="measure",
+            scale=2,
+            min_width=170,
+            size="md",
+        )
+        stop = gr.Button("Stop", elem_id="halt", min_width=60, size="md")
+    progress = gr.HTML(elem_id="progress", min_height=60)
+    return SimpleNamespace(
+        nfes=nfes, n=n, seeds=seeds, measure=measure, stop=stop, progress=progress
+    )
+
+
+def build_result() -> SimpleNamespace:
+    "Chart, protocol, table, and ways to take them away."
+    chart = gr.Plot(label="Quality against cost", show_label=False, elem_id="chart")
+    caption = gr.HTML(elem_id="caption")
+    scores = gr.HTML(elem_id="scores")
+    with gr.Accordion("The same as a job", open=False):
+        job = gr.Code(language="shell", show_label=False, interactive=False)
+    with gr.Row(elem_classes="buttons"):
+        csv = gr.Button("CSV", size="sm", min_width=60, scale=0)
+        svg = gr.Button("SVG", size="sm", min_width=60, scale=0)
+    run_script([svg.click], "() => cudlab.saveChart('chart', 'trade-off.svg')")
+    return SimpleNamespace(chart=chart, caption=caption, scores=scores, job=job, csv=csv)
+
+
+def build(run: gr.Dropdown, download: list) -> SimpleNamespace:
+    "The tab and its wiring."
+    with gr.Tab("Trade-off", id="trade-off") as tab:
+        with gr.Row(**SPLIT):
+            with gr.Column(**ASIDE):
+                choice = build_choice()
+                plan = build_plan()
+            with gr.Column(scale=3, min_width=300):
+                result = build_result()
+    chosen = list(vars(choice).values())
+    drawn = [result.chart, result.caption, result.scores]
+    drawing = dict(fn=show_scores, inputs=chosen, outputs=drawn, **QUICK)
+    gr.on([tab.select, *(c.input for c in chosen)], **drawing, api_name="scores")
+    measuring = plan.measure.click(
+        stream_scores,
+        [*chosen, plan.nfes, plan.n, plan.seeds],
+        drawn,
+        api_name="measure",
+        **SOLVE | dict(show_progress="full", show_progress_on=plan.progress),
+    )
+    cancel_on([plan.stop.click], [measuring])
+    planned = [choice.runs, choice.solvers, choice.grid, plan.nfes, plan.n, plan.seeds]
+    triggers = [tab.select, *(c.input for c in planned)]
+    gr.on(triggers, score_command, planned, result.job, api_name="job", **QUICK)
+    saving = result.csv.click(export_scores, chosen, download, api_name="export_scores", **QUICK)
+    save_file(saving, download)
+    remembered = [*chosen, plan.nfes, plan.seeds, plan.n]
+    usual = [None, None, "fd", "NFE", "uniform", BUDGETS, "0", None]
+    remember_fields([c.input for c in remembered], ADDRESS, usual, remembered)
+    return SimpleNamespace(
+        run=run,
+        fitted=[choice.runs, choice.solvers, plan.n],
+        charted=[choice.value, choice.axis, choice.grid, plan.nfes, plan.seeds],
+        drawing=drawing,
+    )
+
+
+def wire(tab: SimpleNamespace, fit) -> None:
+    "The chart follows the run of the form; `fit` is the event after which that is another."
+    drawing = PRIVATE | tab.drawing | dict(api_visibility="private")
+    fit.success(update_choice, tab.run, tab.fitted, **PRIVATE).success(**drawing)
