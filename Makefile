@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup run train explore test soak prepare bench clean
+.PHONY: help setup run train explore test test-all soak prepare bench clean
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -14,7 +14,7 @@ PARAMS += $(if $(filter command%,$(origin NAME)),-p name $(NAME))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 	@echo "  variables      METHOD DATA STEPS NAME (training), PORT (explorer), ARGS (anything else, passed on)"
 
 setup: .venv/.stamp ## make .venv with everything in it, at the tested versions
@@ -39,20 +39,21 @@ train: setup ## train through papermill nbs/train.ipynb; Ctrl-C stops it, resuma
 explore: setup ## serve the explorer on http://127.0.0.1:7860
 	@python apps/explorer.py $(if $(PORT),--port $(PORT))
 
-test: setup ## export check, lint, notebook tests, pytest with the browser tests
-	pytest tests/test_export.py
-	ruff check .
-	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
-	pytest --ignore tests/test_export.py $(ARGS)
+test: setup ## lint, notebooks, and the fast tests: about twelve minutes on two cores
+	@python tools/suite.py $(ARGS)
+
+test-all: setup ## the same with the long tests: hundreds of kills, every method times every fault
+	@python tools/suite.py --all $(ARGS)
 
 soak: setup ## kill a training a hundred times at random moments
-	CUDLAB_KILLS=100 pytest -s tests/test_faults.py -k kills $(ARGS)
+	CUDLAB_KILLS=100 pytest -s -m long -k kills $(ARGS)
 
 prepare: setup ## before a commit: export, clean, README, lint
-	nbdev-export
+	python tools/export.py
 	nbdev-clean
 	python tools/readme.py
 	ruff check .
+	ruff format .
 
 bench: setup ## the speed figures of the README
 	@for f in bench/*.py; do echo "== $$f"; python $$f; done

@@ -19,17 +19,17 @@ import time
 from pathlib import Path
 
 import torch
-from cudlab.metrics import machine
 
 from cudlab.config import Config, find_device, get_settings, set_threads
 from cudlab.cud import CUD
 from cudlab.data import load_data
 from cudlab.fit import fit
-from cudlab.multistep import SOLVERS, find_steps, solve
 from cudlab.net import Velocity, make_network
 from cudlab.path import linear, make_grid
+from cudlab.provenance import describe_machine
 from cudlab.rf import RF
 from cudlab.rng import draw_noise
+from cudlab.solver import SOLVERS, find_steps, solve
 
 METHODS = {
     "RF": RF,
@@ -247,11 +247,14 @@ def laws(
     where: torch.device,
 ) -> dict:
     "All laws of one network, printed as they are found."
-    say = lambda what, law, unit: print(
-        f"{name:6} {what:28} {1000 * law['slope']:8.3f} ms {unit}, "
-        f"{1000 * law['intercept']:+8.2f} ms at none, R^2 {law['r2']:.5f}",
-        flush=True,
-    )
+
+    def say(what: str, law: dict, unit: str) -> None:
+        print(
+            f"{name:6} {what:28} {1000 * law['slope']:8.3f} ms {unit}, "
+            f"{1000 * law['intercept']:+8.2f} ms at none, R^2 {law['r2']:.5f}",
+            flush=True,
+        )
+
     found = {
         "batch": batch,
         "parameters": sum(
@@ -301,7 +304,7 @@ def main(words: list = None) -> None:
     where = find_device(told.device)
     set_threads(1 if where.type == "cpu" else None)
     found = {
-        "machine": machine(where),
+        "machine": describe_machine(where),
         "torch": torch.__version__,
         "clock": "processor seconds of one thread" if where.type == "cpu" else "wall seconds",
         "protocol": "float32 on a CPU, auto on a GPU; untrained weights; medians of rounds that "

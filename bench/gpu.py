@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 import torch
-from cudlab.metrics import machine
 from metrics import drawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,10 +33,11 @@ from cudlab.cud import CUD
 from cudlab.distances import Reference, fit_gaussian, frechet_distance, frechet_jackknife
 from cudlab.features import get_features
 from cudlab.fit import compute_dtype, fit
-from cudlab.multistep import solve
 from cudlab.net import Velocity, make_network
 from cudlab.path import linear, make_grid
+from cudlab.provenance import describe_machine
 from cudlab.rng import draw_noise
+from cudlab.solver import solve
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
@@ -257,7 +257,7 @@ def scoring(where: torch.device, small: bool) -> dict:
     found = {
         "n": n,
         "dim": dim,
-        "data": seconds(lambda: real.once(fit_gaussian), where),
+        "data": seconds(lambda: real.cached(fit_gaussian), where),
         "value": seconds(lambda: frechet_distance(a, real), where),
         "jackknife": seconds(lambda: frechet_jackknife(a, real), where),
     }
@@ -289,14 +289,14 @@ def main(words: list = None) -> int:
         torch.backends.cudnn.benchmark = True
     roof = ceilings(where, told.small)
     print(
-        f"{machine(where)}, torch {torch.__version__}, CUDA {torch.version.cuda}; arithmetic auto "
-        f"is {compute_dtype(Config(), where, SHAPES['mnist'])}\n"
+        f"{describe_machine(where)}, torch {torch.__version__}, CUDA {torch.version.cuda}; "
+        f"arithmetic auto is {compute_dtype(Config(), where, SHAPES['mnist'])}\n"
         f"ceilings: {roof['bfloat16']:.2f} TFLOP/s in bfloat16, {roof['float32']:.2f} in float32, "
         f"copy {roof['copy']:,.1f} GB/s read and written",
         flush=True,
     )
     found = {
-        "machine": machine(where),
+        "machine": describe_machine(where),
         "torch": torch.__version__,
         "ceilings": roof,
         "training": train_speeds(where, told.small, roof),

@@ -15,7 +15,7 @@ import torch
 
 from cudlab.config import set_threads
 from cudlab.net import make_network
-from cudlab.run import cpu_name
+from cudlab.provenance import cpu_name
 
 BATCH, ROUNDS = 32, 7
 

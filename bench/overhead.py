@@ -10,10 +10,10 @@ import time
 import torch
 
 from cudlab.config import set_threads
-from cudlab.multistep import SOLVERS, solve
 from cudlab.net import Velocity, make_network
 from cudlab.path import make_grid
 from cudlab.rng import draw_noise
+from cudlab.solver import SOLVERS, solve
 
 
 def seconds(action) -> float:
@@ -53,16 +53,17 @@ def overhead(
             )
 
 
+def run_once(code: str) -> float:
+    "The number that a fresh process prints."
+    command = [sys.executable, "-c", code]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def imports(rounds: int = 7) -> None:
     "Seconds that `import cudlab.run` takes beyond `import torch`, fresh processes in turn."
     clock = "import time; a = time.perf_counter(); import {}; print(time.perf_counter() - a)"
-    once = lambda what: float(
-        subprocess.run(
-            [sys.executable, "-c", what], capture_output=True, text=True, check=True
-        ).stdout
-    )
     for module in ("cudlab", "cudlab.run"):
-        extra = [once("import torch;" + clock.format(module)) for _ in range(rounds)]
+        extra = [run_once("import torch;" + clock.format(module)) for _ in range(rounds)]
         print(
             f"import {module}: {statistics.median(extra):.3f} s beyond import torch (median of "
             f"{rounds})"

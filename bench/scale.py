@@ -47,7 +47,10 @@ def wide(**options) -> UNet:
 
 def objective(name: str):
     "A method bound to fresh networks."
-    made = BOOT() if name == "BOOT" else GDD() if name == "GDD-I" else CUD(heads=int(name[-1]))
+    if name in ("BOOT", "GDD-I"):
+        made = BOOT() if name == "BOOT" else GDD()
+    else:
+        made = CUD(heads=int(name[-1]))
     teacher = wide() if name == "BOOT" else None
     return made.bind(
         wide(**made.network_options()),

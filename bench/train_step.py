@@ -18,6 +18,7 @@ import copy
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 
@@ -30,6 +31,11 @@ from cudlab.path import linear
 from cudlab.rng import Rng
 
 BATCH, BLOCK, ROUNDS, LOW = 32, 3, 7, 1e-5
+
+
+def clamped_velocity(net, x, t):
+    "The network, whose time is at least LOW."
+    return net(x, t.clamp(LOW, 1))
 
 
 class Pictures:
@@ -58,7 +64,7 @@ def plain(data, heads, seed=0):
         s = t[:, None, None, None]
         xt, g = (1 - s) * x0 + s * eps, eps - x0
         with torch.no_grad():
-            w = lambda x, t: net(x, t.clamp(LOW, 1))
+            w = partial(clamped_velocity, net)
             states = lookahead_states(w, xt, t, h, w(xt, t), heads, "corrected")
             targets = [
                 torch.where((t - j * h >= LOW - 1e-6)[:, None, None, None], w(z, t - j * h), g)

@@ -6,15 +6,15 @@
 __all__ = ['PEERS', 'ProcessLost', 'has_ended', 'find_lost_ranks', 'World',
            'get_world', 'init_distributed']  # fmt: skip
 
-# %% ../nbs/02_distributed.ipynb #912cd628
+# %% ../nbs/02_distributed.ipynb #84d17348
 import contextlib
 import datetime
 import os
 import platform
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import distributed
@@ -22,31 +22,32 @@ from torch import distributed
 from .config import find_device
 
 
-# %% ../nbs/02_distributed.ipynb #c3afa268
+# %% ../nbs/02_distributed.ipynb #2d50d1c8
 class ProcessLost(RuntimeError):
-    "A process of the team is gone."
+    "A process of the world is gone."
 
 
-PEERS = []  # machine and process id of every process of the team, by rank
+# %% ../nbs/02_distributed.ipynb #b800d4d9
+PEERS = []  # (hash of the machine's name, process id) of every process, by rank
 
 
 def has_ended(pid: int) -> bool:
-    "Whether a process of this machine has ended."
+    "Whether a process of this machine is gone, or is a zombie that its parent has not noticed yet."
     try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        )  # only its parent does not know yet
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
     except OSError:
-        return not Path(f"/proc/{os.getpid()}").exists() or not Path(f"/proc/{pid}").exists()
+        return os.path.exists("/proc/self")  # where there is no /proc, nobody knows
 
 
+# %% ../nbs/02_distributed.ipynb #f6ffe6a6
 def find_lost_ranks() -> list:
-    "The ranks whose processes have ended, as far as this machine can tell."
+    "The ranks whose processes have ended on this machine."
     here = zlib.crc32(platform.node().encode())
     return [rank for rank, (machine, pid) in enumerate(PEERS) if machine == here and has_ended(pid)]
 
 
-# %% ../nbs/02_distributed.ipynb #76785ac7
+# %% ../nbs/02_distributed.ipynb #c0f3d90e
 @dataclass(frozen=True)
 class World:
     "The processes that work on the same thing, and which of them this is."
@@ -54,86 +55,89 @@ class World:
     rank: int = 0
     size: int = 1
 
-    def share(self, n: int) -> tuple:
+    def split(self, n: int) -> tuple:
         "(first, last): this process's part of n things in a row."
         return n * self.rank // self.size, n * (self.rank + 1) // self.size
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        "The sum over the team, in place and the same on every process."
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        "The sum over all processes, in place and the same on each."
         if self.size > 1:
-            self.ask(distributed.all_reduce, tensor)
+            self.call(distributed.all_reduce, tensor)
         return tensor
 
-    def most(self, number: int) -> int:
-        "The largest whole number that any process gives."
-        told = torch.tensor(number)
+    def all_reduce_max(self, number: int) -> int:
+        "The largest whole number that any process gives; all wait for it."
+        largest = torch.tensor(number)
         if self.size > 1:
-            self.ask(distributed.all_reduce, told, distributed.ReduceOp.MAX)
-        return int(told)
+            self.call(distributed.all_reduce, largest, distributed.ReduceOp.MAX)
+        return int(largest)
 
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        "The rows of all processes in the order of their ranks, (sum of n, ...), on every process."
+    def all_gather(
+        self,
+        tensor: torch.Tensor,  # rows of this process (n, ...); n may differ
+    ) -> torch.Tensor:
+        "The rows of all processes in the order of their ranks, (sum of n, ...), on each."
         if self.size == 1:
             return tensor
-        counts = self.sum(
-            torch.zeros(self.size, dtype=torch.long).index_fill_(
-                0, torch.tensor(self.rank), len(tensor)
-            )
-        ).tolist()
-        parts = [tensor.new_empty(max(counts), *tensor.shape[1:]) for _ in counts]
+        counts = torch.zeros(self.size, dtype=torch.long)
+        counts[self.rank] = len(tensor)
+        counts = self.all_reduce(counts).tolist()
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
-        self.ask(distributed.all_gather, parts, padded)
+        parts = [torch.empty_like(padded) for _ in counts]
+        self.call(distributed.all_gather, parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
-    def ask(self, talk, *args) -> None:
+    def call(self, collective: Callable, *args) -> None:
         "Talk to the others; `ProcessLost` if one of them does not answer any more."
         try:
-            talk(*args)
+            collective(*args)
         except RuntimeError as e:
-            patience = time.monotonic() + 2
+            patience = time.monotonic() + 2  # the system needs a moment to know
             while not find_lost_ranks() and time.monotonic() < patience:
                 time.sleep(0.05)
-            who = ", ".join(map(str, find_lost_ranks()))
+            lost = ", ".join(map(str, find_lost_ranks()))
+            if lost:
+                raise ProcessLost(f"process {lost} of {self.size} is gone") from None
+            why = str(e).splitlines()[0][:200]
             raise ProcessLost(
-                f"process {who} of {self.size} is gone"
-                if who
-                else f"process {self.rank} of {self.size} cannot reach the others any more "
-                f"({str(e).splitlines()[0][:200]})"
+                f"process {self.rank} of {self.size} cannot reach the others any more ({why})"
             ) from None
 
 
+# %% ../nbs/02_distributed.ipynb #e994dd7c
 def get_world() -> World:
-    "The team of this process."
+    "The world of this process."
     if distributed.is_available() and distributed.is_initialized():
         return World(distributed.get_rank(), distributed.get_world_size())
     return World()
 
 
-# %% ../nbs/02_distributed.ipynb #8b0f0bb3
+# %% ../nbs/02_distributed.ipynb #57ea5152
 @contextlib.contextmanager
 def init_distributed(
     patience: float = 600,  # seconds to wait for a process that is alive and says nothing
 ):
-    "Join the team that torchrun has started, if it has; yields the `Team`."
+    "Join the world that torchrun has started, if it has; yields the `World`."
     size = os.environ.get("WORLD_SIZE", "1")
     if get_world().size > 1 or not size.isdecimal() or int(size) < 2:
         yield get_world()
         return
-    from torch.distributed.nn import functional  # noqa: F401  its defaults hold the group that stands at its first import, beyond that group's end: import it before
+    # the defaults in this module keep the group that is there when it is first imported, beyond
+    # the end of that group: so import it while there is none
+    from torch.distributed.nn import functional  # noqa: F401
 
-    where = find_device()
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=patience),
-    )
+    device = find_device()
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
     try:
-        crew = get_world()
+        world = get_world()
         me = torch.tensor([[zlib.crc32(platform.node().encode()), os.getpid()]])
-        PEERS[:] = crew.rows(me).tolist()
-        yield crew
+        PEERS[:] = world.all_gather(me).tolist()
+        yield world
     finally:
         PEERS.clear()
         distributed.destroy_process_group()

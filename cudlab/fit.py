@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Objective', 'Student', 'FlowMap', 'learning_rate', 'ema_decay',
            'prefers_bfloat16', 'compute_dtype', 'Diverged', 'TrainStep',
-           'all_reduce_mean', 'fit']  # fmt: skip
+           'share_batch', 'all_reduce_mean', 'make_optimizers', 'step_optimizer',
+           'backward', 'drop_labels', 'fit']  # fmt: skip
 
 # %% ../nbs/09_fit.ipynb #764f70eb
 import copy
@@ -24,9 +25,17 @@ from .path import Path
 from .rng import Rng
 
 
-# %% ../nbs/09_fit.ipynb #a5bb5994
+# %% ../nbs/09_fit.ipynb #015bebbf
 class Objective(Options):
     "A method of training: checked arguments, players, averages, and the losses of a batch."
+
+    trains = "net"  # what training makes: a "net", or a "solver" for the network of a teacher
+    teacher = ""  # the finished run that supervises, for methods that have one
+    start = "random"  # the network's first weights: "random", or those of the "teacher"
+    supervision = "data"  # the training signal in words; without "data" in them there is none
+    one_step = False  # whether the network maps noise to data in one call and knows nothing else
+    feature_spaces = ()  # extractors that the training looks through: scores in them are flattered
+    has_ode = property(lambda self: not self.one_step)  # the network is the velocity of an ODE
 
     def network_options(self) -> dict:
         "Options the network must be built with, for example {'heads': 3}."
@@ -40,74 +49,44 @@ class Objective(Options):
         "Raise a `ValueError` where arguments and configuration do not go together."
 
     def optimizer_options(self, player: str) -> dict:
-        """What is special about a player's optimiser: lr (a factor on the configuration's) and
-        betas.
-        """
+        "What is special about a player's Adam: lr (a factor on the configuration's) and betas."
         return {}
 
-    trains = "net"  # what training makes: a "net", or a "solver" for the network of a teacher
-    teacher = ""  # the finished run that supervises, for methods that have one
-    start = "random"  # the network's first weights: "random", or those of the "teacher"
-    # where the training signal comes from, in words; a method whose words lack "data" is given none
-    supervision = "data"
-    one_step = False  # whether the network maps noise to data in one call and knows nothing else
-    has_ode = property(
-        lambda self: not self.one_step
-    )  # whether the network is the velocity of an ODE, which can be followed and taught
-    feature_spaces = ()  # feature extractors that the training looks through: scores in them are flattered
-
     def num_steps(self, config: Config) -> int:
-        "How many ticks the training has."
+        "How many steps the training has."
         return config.steps
 
     def sampling(self) -> dict:
-        """How a run of this method is sampled where nobody says otherwise: steps, grid, solver (a
-        run that is a solver is its own).
-        """
+        "Steps, grid and solver of a run of this method where nobody says otherwise."
         return {"solver": "euler", "steps": 1 if self.one_step else 8, "grid": "uniform"}
 
-    def bind(
-        self,
-        net: nn.Module,  # the velocity network
-        path: Path,  # noise-to-data path
-        steps: int,  # length of the training, for schedules
-        # flow(y) -> the teacher's velocity f(x, t), for methods with a teacher
-        flow: Callable = None,
-    ) -> "Objective":
-        "Attach the players; returns self."
+    def bind(self, net: nn.Module, path: Path, steps: int, flow: Callable = None) -> "Objective":
+        "Attach the players for a training of so many steps; flow(y) is the teacher's velocity."
         self.net, self.path, self.steps, self.flow = net, path, steps, flow
         self.frozen = {}  # modules that are neither trained nor saved, by name
         self.players = {"net": net} | self.extra_modules(net.shape)
-        self.ema = {
-            name: copy.deepcopy(m).eval().requires_grad_(False) for name, m in self.players.items()
-        }
+        copies = {name: copy.deepcopy(m).eval() for name, m in self.players.items()}
+        self.ema = {name: m.requires_grad_(False) for name, m in copies.items()}
         return self
 
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
-        """The loss of each player on data x0 (B, *S) with labels y (B,) or None; the same tensor
-        for players that share it.
-        """
+        "Player -> loss on data x0 (B, *S), labels y (B,) or None; one tensor where they share it."
         raise NotImplementedError
 
     def prepare(self, data, config: Config) -> Iterator[str]:
-        """What `fit` needs before its first step, if that takes long: made bit by bit, with a line
-        after each.
-        """
+        "What `fit` needs before its first step, if that takes long: a line after each part."
         return iter(())
 
     def fit(self, data, config: Config, state: dict = None) -> Iterator:
-        """The training as an iterator of `Tick`: the loop below, unless a method has a better way
-        than gradients.
-        """
+        "The training, step by step: the loop below, unless a method has a better way."
         return fit(self, data, config, state)
 
-    def velocity(
-        self, net: nn.Module, y: Tensor = None, head: int = 1, guidance: float = 1.0
-    ) -> Callable:
+    def velocity(self, net, y: Tensor = None, head: int = 1, guidance: float = 1.0) -> Callable:
         "How a trained network of this method is seen by a solver: f(x, t) -> v."
         return Velocity(net, y, head, guidance)
 
 
+# %% ../nbs/09_fit.ipynb #5901bcfe
 @dataclass
 class Student(Objective):
     "A method that learns from the network of a finished run."
@@ -138,11 +117,10 @@ class Student(Objective):
             )
 
 
+# %% ../nbs/09_fit.ipynb #ce242546
 @dataclass
 class FlowMap(Objective):
-    """A method that trains a network of two times on data, with the weights of a finished run to
-    start from if one is named.
-    """
+    "A method that trains a network of two times on data, from a finished run's weights or none."
 
     teacher: str = option("", "finished run whose weights it starts from; empty = from scratch")
 
@@ -158,16 +136,16 @@ class FlowMap(Objective):
         return {"solver": "flow-map", "steps": 4, "grid": "uniform"}
 
 
-# %% ../nbs/09_fit.ipynb #f6370fd3
+# %% ../nbs/09_fit.ipynb #cec8b759
 def learning_rate(
     config: Config,  # lr, warmup, schedule, steps
     step: int,  # steps done
 ) -> float:
     "Adam's learning rate for the next step."
     ramp = min(1.0, (step + 1) / max(1, config.warmup))
-    decay = (
-        0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.schedule == "cosine" else 1.0
-    )
+    decay = 1.0
+    if config.schedule == "cosine":
+        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.lr * ramp * decay
 
 
@@ -192,32 +170,25 @@ def prefers_bfloat16(
     )
 
 
-# %% ../nbs/09_fit.ipynb #29845af4
+# %% ../nbs/09_fit.ipynb #d54db655
 def compute_dtype(
     config: Config,  # dtype and net
     device: torch.device,  # where the network will run
     shape: tuple,  # shape of one sample
 ) -> torch.dtype:
-    """The dtype of the network's arithmetic; auto takes bfloat16 for images of 16 pixels and more
-    where the hardware has it.
-    """
+    "The dtype of the arithmetic; auto: bfloat16 from 16 pixels on where the hardware has it."
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return (
-        torch.bfloat16
-        if len(shape) == 3 and shape[1] >= 16 and prefers_bfloat16(device)
-        else torch.float32
-    )
+    large = len(shape) == 3 and shape[1] >= 16
+    return torch.bfloat16 if large and prefers_bfloat16(device) else torch.float32
 
 
-# %% ../nbs/09_fit.ipynb #00bfff00
+# %% ../nbs/09_fit.ipynb #2d2ae147
 class Diverged(RuntimeError):
-    """The training cannot go on: losses or gradients that are not finite, or a collapse that its
-    method has noticed.
-    """
+    "The training cannot go on: losses that are not finite, or a collapse its method noticed."
 
 
-# %% ../nbs/09_fit.ipynb #fa0e0a0e
+# %% ../nbs/09_fit.ipynb #de104eee
 @dataclass(frozen=True)
 class TrainStep:
     "One finished step. Tensors stay on the device until somebody reads them."
@@ -229,115 +200,140 @@ class TrainStep:
     skipped: Tensor  # non-finite steps so far, 0-dim
     seconds: float  # wall time of this step
     state: Callable  # () -> what a resume needs besides the weights
-    note: str = ""  # what else is worth a line; a tick with a note is always logged
+    note: str = ""  # what else is worth a line; a step with a note is always logged
 
 
-# %% ../nbs/09_fit.ipynb #99cc93bb
+# %% ../nbs/09_fit.ipynb #b4eb1728
+def share_batch(config: Config, crew: World) -> tuple:
+    "The rows of every batch that this process trains on: (first, end)."
+    if config.batch < crew.size:
+        raise ValueError(
+            f"batch = {config.batch} is too small for {crew.size} processes: each needs a sample"
+        )
+    return crew.split(config.batch)
+
+
+# %% ../nbs/09_fit.ipynb #89e5b217
 def all_reduce_mean(
     crew: World,  # the processes that share the batch
     share: float,  # of this process
     tensors: list,  # of float32: its gradients and losses; they are replaced
 ) -> None:
-    """Means over the shares of a batch become means over the batch, in place and alike on every
-    process.
-    """
+    "Make means over shares of a batch means over the batch, in place and alike everywhere."
     if crew.size > 1:
-        whole = crew.sum(torch.cat([v.flatten() for v in tensors]) * share)
-        torch._foreach_copy_(
-            tensors,
-            [
-                part.view_as(v)
-                for part, v in zip(whole.split([v.numel() for v in tensors]), tensors)
-            ],
-        )
+        whole = crew.all_reduce(torch.cat([v.flatten() for v in tensors]) * share)
+        parts = whole.split([v.numel() for v in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(v) for part, v in zip(parts, tensors)])
 
 
-# %% ../nbs/09_fit.ipynb #a2fde3d1
+# %% ../nbs/09_fit.ipynb #dc9fe13d
+def make_optimizers(
+    objective: Objective,
+    config: Config,  # lr
+    params: dict,  # player -> what it trains
+) -> dict:
+    "An Adam for each player that has something to train."
+    optims = {}
+    for name, trained in params.items():
+        options = objective.optimizer_options(name) | {"lr": config.lr}
+        if trained:
+            fused = trained[0].device.type in ("cuda", "cpu")
+            optims[name] = torch.optim.Adam(trained, **options, fused=fused)
+    return optims
+
+
+def step_optimizer(
+    optim: torch.optim.Adam,
+    lr: float,  # of this step
+    bad: Tensor,  # whether the step must leave everything as it is, 0-dim
+) -> None:
+    "One step of Adam; the fused one takes `bad` as a tensor, for which nobody waits."
+    if not optim.defaults["fused"] and bad:
+        return
+    for group in optim.param_groups:
+        group["lr"] = lr
+    optim.found_inf = bad.float()
+    optim.step()
+
+
+# %% ../nbs/09_fit.ipynb #94fffb02
+def backward(
+    losses: dict,  # player -> loss
+    params: dict,  # player -> its parameters
+) -> list:
+    "Compute every player's gradients; returns the different losses, detached."
+    sharing = {}
+    for name, loss in losses.items():
+        sharing.setdefault(id(loss), (loss, []))[1].append(name)
+    for loss, names in sharing.values():
+        loss.backward(inputs=[p for n in names for p in params[n]])
+    return [loss.detach() for loss, _ in sharing.values()]
+
+
+# %% ../nbs/09_fit.ipynb #11e77845
+def drop_labels(
+    y: Tensor,  # classes, (B,), or None
+    net: nn.Module,  # its class `classes` means "no label"
+    config: Config,  # classes, label_dropout
+    rng: Rng,
+) -> Tensor:
+    'The labels that a step trains with: None without classes, some of them "no label".'
+    if not config.classes:
+        return None
+    if not config.label_dropout:
+        return y
+    return torch.where(rng.uniform("label", len(y)) < config.label_dropout, net.classes, y)
+
+
+# %% ../nbs/09_fit.ipynb #5703efee
 def fit(
     objective: Objective,  # a bound method
-    data,  # data.batch(seed, step, n) -> x0, y; in a team with start= and total= too
+    data,  # data.batch(seed, step, n) -> x0, y; on several processes with start= and total= too
     config: Config,  # steps, batch, lr, clip, ema, dtype, seed, ...
-    state: dict = None,  # what Tick.state() returned, to continue
+    state: dict = None,  # what TrainStep.state() returned, to continue
     patience: int = 5,  # non-finite steps in a row before giving up
 ) -> Iterator[TrainStep]:
-    """Train; yields after every step. Resume by passing the weights back in the objective and
-    `state` here.
-    """
-    device, crew = next(objective.net.parameters()).device, get_world()
-    if config.batch < crew.size:
-        raise ValueError(
-            f"batch = {config.batch} is too small for {crew.size} processes: each needs a sample"
-        )
-    first, last = crew.share(config.batch)
+    "Train; yields every step. To resume, pass the weights in the objective and `state` here."
+    net, players, crew = objective.net, objective.players, get_world()
+    device = next(net.parameters()).device
+    first, last = share_batch(config, crew)
     where = {"start": first, "total": config.batch} if crew.size > 1 else {}
-    params = {
-        name: [p for p in m.parameters() if p.requires_grad]
-        for name, m in objective.players.items()
-    }
-    fused = device.type in ("cuda", "cpu")
-    special = {name: {"lr": 1.0} | objective.optimizer_options(name) for name in params}
-    optims = {
-        name: torch.optim.Adam(p, **special[name] | {"lr": config.lr}, fused=fused)
-        for name, p in params.items()
-        if p
-    }
-    averages = [
-        (list(objective.ema[n].parameters()), [p.detach() for p in m.parameters()])
-        for n, m in objective.players.items()
-    ]
-    step, counts = 0, {"skipped": 0, "streak": 0}
-    if state:
-        step, counts = state["step"], {key: state[key] for key in counts}
-        for name, opt in optims.items():
-            opt.load_state_dict(state["optim"][name])
-    skipped, streak = (torch.tensor(v, device=device) for v in counts.values())
+    params = {n: [p for p in m.parameters() if p.requires_grad] for n, m in players.items()}
+    live = [p.detach() for m in players.values() for p in m.parameters()]
+    averages = [p for name in players for p in objective.ema[name].parameters()]
+    factors = {name: objective.optimizer_options(name).get("lr", 1.0) for name in players}
+    optims = make_optimizers(objective, config, params)
+    for name in optims if state else ():
+        optims[name].load_state_dict(state["optim"][name])
+    step, skipped, streak = (state[k] if state else 0 for k in ("step", "skipped", "streak"))
+    skipped, streak = (torch.tensor(n, device=device) for n in (skipped, streak))
     worst = streak
-    dtype = compute_dtype(config, device, objective.net.shape)
-    snapshot = lambda: dict(
-        step=step,
-        skipped=int(skipped),
-        streak=int(streak),
-        optim={n: o.state_dict() for n, o in optims.items()},
-    )
-    for m in objective.players.values():
-        m.train()
+    dtype = compute_dtype(config, device, net.shape)
+
+    def snapshot() -> dict:
+        moments = {name: optim.state_dict() for name, optim in optims.items()}
+        return {"step": step, "skipped": int(skipped), "streak": int(streak), "optim": moments}
+
+    for module in players.values():
+        module.train()
     while step < config.steps:
-        began = time.perf_counter()
-        lr = learning_rate(config, step)
+        began, lr = time.perf_counter(), learning_rate(config, step)
         rng = Rng(config.seed, step, device, first, config.batch)
         torch.manual_seed((config.seed * 1_000_003 + step + first) % 2**63)  # dropout
         x0, y = data.batch(config.seed, step, last - first, **where)
-        if not config.classes:
-            y = None
-        elif config.label_dropout:
-            y = torch.where(
-                rng.uniform("label", len(y)) < config.label_dropout, objective.net.classes, y
-            )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = objective(x0, y, rng)
-        sharing = {}
-        for name, loss in losses.items():
-            sharing.setdefault(id(loss), (loss, []))[1].append(name)
-        for loss, names in sharing.values():
-            loss.backward(inputs=[p for n in names for p in params[n]])
+            losses = objective(x0, drop_labels(y, net, config, rng), rng)
+        different = backward(losses, params)
         losses = {name: loss.detach() for name, loss in losses.items()}
-        all_reduce_mean(
-            crew,
-            (last - first) / config.batch,
-            [loss.detach() for loss, _ in sharing.values()]
-            + [p.grad for n in losses for p in params[n] if p.grad is not None],
-        )
+        grads = [p.grad for name in losses for p in params[name] if p.grad is not None]
+        all_reduce_mean(crew, (last - first) / config.batch, different + grads)
         norms = {n: nn.utils.clip_grad_norm_(params[n], config.clip or math.inf) for n in losses}
         bad = ~torch.isfinite(torch.stack([*losses.values(), *norms.values()])).all()
-        for name in losses if fused or not bad else ():
-            for group in optims[name].param_groups:
-                group["lr"] = lr * special[name]["lr"]
-            optims[name].found_inf = bad.float()
-            optims[name].step()
-        for average, live in averages:
-            torch._foreach_lerp_(average, live, 1 - ema_decay(config.ema, step))
-        for opt in optims.values():
-            opt.zero_grad(set_to_none=True)
+        for name in losses:
+            step_optimizer(optims[name], lr * factors[name], bad)
+        torch._foreach_lerp_(averages, live, 1 - ema_decay(config.ema, step))
+        for optim in optims.values():
+            optim.zero_grad(set_to_none=True)
         step, skipped, streak = step + 1, skipped + bad, (streak + 1) * bad
         worst = torch.maximum(worst, streak)
         yield TrainStep(step, losses, norms, lr, skipped, time.perf_counter() - began, snapshot)

@@ -5,46 +5,46 @@
 # %% auto #0
 __all__ = ['philox', 'Rng', 'draw_noise']  # fmt: skip
 
-# %% ../nbs/01_rng.ipynb #8ae46792
+# %% ../nbs/01_rng.ipynb #7802f577
 import math
 import zlib
+from dataclasses import dataclass
 
 import torch
 
 
-# %% ../nbs/01_rng.ipynb #7e921ac6
+# %% ../nbs/01_rng.ipynb #7b8f5c34
 def philox(
     c: tuple,  # four int64 tensors with values below 2^32: the counter
     key: int,  # 64-bit key
 ) -> tuple:
     "Philox4x32-10: four tensors of 32 random bits each (as int64)."
     c0, c1, c2, c3 = c
-    low, k0, k1 = 0xFFFFFFFF, key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    low = 0xFFFFFFFF
+    k0 = key & low
+    k1 = (key >> 32) & low
     for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & low) ^ c1 ^ k0,
-            p1 & low,
-            ((p0 >> 32) & low) ^ c3 ^ k1,
-            p0 & low,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+        p0 = c0 * 0xD2511F53
+        p1 = c2 * 0xCD9E8D57
+        c0 = ((p1 >> 32) & low) ^ c1 ^ k0
+        c2 = ((p0 >> 32) & low) ^ c3 ^ k1
+        c1 = p1 & low
+        c3 = p0 & low
+        k0 = (k0 + 0x9E3779B9) & low
+        k1 = (k1 + 0xBB67AE85) & low
     return c0, c1, c2, c3
 
 
-# %% ../nbs/01_rng.ipynb #bd079807
+# %% ../nbs/01_rng.ipynb #4068572c
+@dataclass(frozen=True)
 class Rng:
     "Random values as a pure function of (seed, step, stream name, sample index, element)."
 
-    def __init__(
-        self,
-        seed: int,  # any 64-bit seed
-        step: int = 0,  # training step; 0 when sampling
-        device: str = "cpu",  # where the values are made: the same values everywhere
-        start: int = 0,  # index of this process's first sample in the global batch
-        total: int = None,  # samples of the global batch; None = those that are asked for
-    ):
-        self.seed, self.step, self.device, self.start, self.total = seed, step, device, start, total
+    seed: int  # any 64-bit seed
+    step: int = 0  # training step; 0 when sampling
+    device: str = "cpu"  # where the values are made: the same values everywhere
+    start: int = 0  # index of this process's first sample in the global batch
+    total: int = None  # samples of the global batch; None = those that are asked for
 
     def first(
         self,
@@ -66,12 +66,9 @@ class Rng:
         index = index.to(self.device)
         blocks = torch.arange((count + 3) // 4, device=self.device)
         block, sample = torch.broadcast_tensors(blocks[None, :], index[:, None] & 0xFFFFFFFF)
-        counter = (
-            block,
-            sample,
-            torch.full_like(block, zlib.crc32(stream.encode())),
-            torch.full_like(block, self.step & 0xFFFFFFFF),
-        )
+        purpose = torch.full_like(block, zlib.crc32(stream.encode()))
+        step = torch.full_like(block, self.step & 0xFFFFFFFF)
+        counter = block, sample, purpose, step
         return torch.stack(philox(counter, self.seed), -1).flatten(1)[:, :count]
 
     def uniform(self, stream: str, index, shape: tuple = ()) -> torch.Tensor:
@@ -83,10 +80,8 @@ class Rng:
         "Standard normal values by Box and Muller, float32, (B, *shape)."
         count = math.prod(shape)
         words = self.bits(stream, index, 2 * ((count + 1) // 2))
-        u, angle = (
-            ((words[:, 0::2].float() + 0.5) * 2.0**-32),
-            words[:, 1::2].float() * (2 * math.pi * 2.0**-32),
-        )
+        u = (words[:, 0::2].float() + 0.5) * 2.0**-32
+        angle = words[:, 1::2].float() * (2 * math.pi * 2.0**-32)
         radius = u.clamp_(max=1.0).log_().mul_(-2).sqrt_()
         out = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)[:, :count]
         return out.reshape(-1, *shape)
@@ -102,12 +97,12 @@ class Rng:
         return torch.argsort((words[:, 0] << 21) ^ (words[:, 1] >> 11), stable=True)
 
 
-# %% ../nbs/01_rng.ipynb #602ea5af
+# %% ../nbs/01_rng.ipynb #52ad033d
 def draw_noise(
     seed: int,  # the seed a user sees
     index,  # number of samples, or their indices (B,)
     shape: tuple,  # shape of one sample
     device: str = "cpu",
 ) -> torch.Tensor:
-    "Starting noise x1 ~ N(0, I): sample k of seed s is the same at every batch size, (B, *shape)."
+    "Starting noise ~ N(0, I): sample k of seed s is the same at every batch size, (B, *shape)."
     return Rng(seed, device=device).normal("noise", index, tuple(shape))

@@ -10,7 +10,8 @@ from pathlib import Path
 from textwrap import fill
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = re.compile(r"^__all__ = \[(.*?)\]$", re.M | re.S)
+NAMES = re.compile(r"^__all__ = \[([^\]]*)\]$", re.M)
+ABSOLUTE = re.compile(r"^( *)from cudlab\.(\w+) import \(", re.M)  # nbdev leaves these
 
 
 def wrap_names(text: str) -> str:
@@ -30,7 +31,8 @@ def export(root: Path = ROOT) -> None:
     tools = Path(sys.executable).parent
     subprocess.run([tools / "nbdev-export"], cwd=root, check=True)
     for path in (root / "cudlab").glob("[!_]*.py"):
-        path.write_text(wrap_names(path.read_text()))
+        text = ABSOLUTE.sub(r"\1from .\2 import (", wrap_names(path.read_text()))
+        path.write_text(text)
     subprocess.run([tools / "ruff", "format", "-q", "cudlab"], cwd=root, check=True)
 
 

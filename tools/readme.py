@@ -1,9 +1,10 @@
 """Render README.md from nbs/index.ipynb with nbconvert: cells marked `#| hide` go, links are
-rewritten from nbs/ to the root.
+rewritten from nbs/ to the root. The list of notebooks in docs/structure.md comes from their titles.
 
 python tools/readme.py
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "docs/index_files"
+ROOMS = re.compile(r"(<!-- rooms: .*?-->).*(<!-- end of rooms -->)", re.S)
 LINK = re.compile(r"(\]\(|(?:src|href)=\")(?![a-z]+:|#|/)([^)\"\s]+)")
 
 
@@ -36,9 +38,30 @@ def render(index: Path = ROOT / "nbs" / "index.ipynb") -> tuple[str, dict]:
     return re.sub(r"\n{3,}", "\n\n", text), resources.get("outputs", {})
 
 
+def list_rooms(root: Path = ROOT) -> str:
+    "A table of the notebooks: name, and the line under its title."
+    rows = ["| notebook | holds |", "| --- | --- |"]
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        head = "\n".join("".join(cell["source"]) for cell in cells[:3])
+        subtitle = re.search(r"^> (.+)$", head, re.M)
+        if path.stem != "index":
+            text = subtitle[1] if subtitle else ""
+            rows.append(f"| [{path.stem}](../nbs/{path.name}) | {text} |")
+    return "\n".join(rows)
+
+
+def render_structure(root: Path = ROOT) -> str:
+    "The text of docs/structure.md with the present list of notebooks."
+    text = (root / "docs" / "structure.md").read_text()
+    rooms = list_rooms(root)
+    return ROOMS.sub(lambda m: f"{m[1]}\n\n{rooms}\n\n{m[2]}", text)
+
+
 if __name__ == "__main__":
     text, figures = render()
     (ROOT / "README.md").write_text(text)
+    (ROOT / "docs" / "structure.md").write_text(render_structure())
     for name, data in figures.items():
         (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / name).write_bytes(data)
