@@ -909,7 +909,6 @@ def test_open_runs_are_few_and_follow_their_folder(app, lab):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.timeout(900)
 def test_two_thousand_calls_leave_the_memory_where_it_was(app):
     import gc
 
