@@ -9,8 +9,8 @@ SHELL := bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
-PARAMS = $(foreach v,METHOD DATA STEPS,$(if $($v),-p $(shell echo $v | tr A-Z a-z) $($v)))
-PARAMS += $(if $(filter command%,$(origin NAME)),-p name $(NAME))
+PARAMS = $(foreach v,METHOD DATA STEPS,$(if $($v),-p $(shell echo $v | tr A-Z a-z) '$($v)'))
+PARAMS += $(if $(filter command%,$(origin NAME)),-p name '$(NAME)')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## list the targets

@@ -20,6 +20,7 @@ import sys
 import threading
 from dataclasses import asdict, fields
 
+from . import __version__
 from .catalog import get_run_info, list_runs
 from .config import (
     Config,
@@ -184,9 +185,9 @@ def resume_command(argv: list) -> None:
 # %% ../nbs/63_cli.ipynb #448c98a4
 def format_run(info) -> str:
     "A run as a line of `cudlab list`."
-    state = "shipped" if info.shipped else info.created
+    state = "shipped" if info.shipped else info.created[:16].replace("T", " ")
     if info.damaged:
-        state = f"damaged: {info.damaged}"
+        state = info.damaged.removeprefix(f"run {info.name!r} is ")
     return (
         f"{info.name:32} {info.method:11} {info.data:14} step {info.step:>7}/{info.steps:<7} "
         f"{info.status:8} {state}"
@@ -209,8 +210,9 @@ def show_command(argv: list) -> None:
     name = parser.read(argv)["run"]
     run = Run.open(name)
     print(f"run       {run.name}, step {run.step} of {run.num_steps}, in {run.dir}")
-    print(f"flags     {' '.join(flags_of(run.config))}")
-    print(f"samples   shape {tuple(run.shape)}, {len(run.classes)} classes, {run.heads} heads")
+    print(f"command   {' '.join(['cudlab train', *flags_of(run.config), '--name', run.name])}")
+    labels = f"{len(run.classes)} classes" if run.config.classes else "labels not used"
+    print(f"samples   shape {tuple(run.shape)}, {labels}, heads: {run.heads}")
     if "teacher" in run.info:
         print(f"teacher   {run.info['teacher']['name']}")
     usual = ", ".join(f"{key} {value}" for key, value in run.sampling_defaults.items())
@@ -221,7 +223,7 @@ def show_command(argv: list) -> None:
         if best:
             print(
                 f"best      fd@{best['extractor']} {best['fd']:.4g} with {best['solver']}, "
-                f"{best['nfe']:g} calls, {best['seeds']} seeds"
+                f"{best['nfe']:g} calls, noise seeds: {best['seeds']}"
             )
         print(f"scores    {len(run.scores)}")
 
@@ -357,6 +359,9 @@ def run_command(argv: list) -> int:
     "Run a command; its exit code."
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(format_commands())
+        return 0
+    if argv[0] == "--version":
+        print(f"cudlab {__version__}")
         return 0
     if argv[0] not in COMMANDS:
         hint = did_you_mean(argv[0], COMMANDS)

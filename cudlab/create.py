@@ -10,6 +10,7 @@ __all__ = ['check_teacher', 'open_teacher', 'check_config', 'first_difference',
 # %% ../nbs/35_create.ipynb #dc221aeb
 import datetime
 import json
+import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -184,6 +185,7 @@ def write_new_run(
     files: dict,  # the weights it starts with, from `save_weights`
 ) -> None:
     "Make the folder of a run at step 0; one without a checkpoint is made anew."
+    is_new = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with run_lock(run_dir):
@@ -192,6 +194,8 @@ def write_new_run(
                 write_durable(run_dir / "metrics.jsonl", b"")
                 save_checkpoint(run_dir, 0, files, {})
     except OSError as e:
+        if is_new:
+            shutil.rmtree(run_dir, ignore_errors=True)
         raise OSError(f"run {run_dir.name!r} cannot be made: {error_message(e)}") from None
 
 

@@ -334,6 +334,11 @@ def train_loop(
         run.network_run.network_hash()  # a solver whose network is gone is not done
         yield TrainEvent("done", f"run {run.name}: already trained, {first} steps", first, first)
         return
+    if 0 < until <= first:
+        raise TrainingStopped(
+            f"stopped by until = {until} at step {first} of {run.num_steps}; the same command with "
+            "a later one continues it"
+        )
     leg = start_leg(run, device)
     several = f", {leg.world.size} processes" if leg.world.size > 1 else ""
     dtype = str(compute_dtype(run.config, leg.device, run.shape)).removeprefix("torch.")
