@@ -393,6 +393,9 @@ def train(
                 remove_leftovers(run.dir)
             world.all_reduce_max(0)  # all wait until it is clean
             reopen_run(run)
+            if leader and run.step < run.num_steps:
+                going = RunStatus("running", None, "", run.step, run.num_steps, os.getpid())
+                write_status(run.dir, going)
             for event in train_loop(run, stop, minutes, until, device):
                 if leader:
                     yield event

@@ -146,6 +146,20 @@ def test_a_stop_is_heard_while_the_pairs_are_made():
     assert read_status(run.dir).status == "stopped" and Run.open("early").step == 0
 
 
+def test_a_training_is_running_before_its_first_step():
+    run = train_until("again", 4)
+    events = train(run)
+    assert read_status(run.dir).status == "stopped" and next(events).kind == "start"
+    status = read_status(run.dir)
+    assert (status.status, status.code, status.step, status.pid) == (
+        "running",
+        None,
+        4,
+        os.getpid(),
+    )
+    events.close()
+
+
 def test_a_caller_that_goes_away_leaves_a_resumable_run():
     run = create_run(Config(**SHORT), "left")
     for event in train(run):
