@@ -323,6 +323,7 @@ NETS = {
     "mlp": lambda shape, **o: MLP(shape, **o),
     "digits": lambda shape, **o: UNet(shape, 32, (1, 1, 1), 1, (), **o),
     "mnist": lambda shape, **o: UNet(shape, 32, (2, 2, 2), 2, (16,), **o),
+    "cifar10-tiny": lambda shape, **o: UNet(shape, 32, (1, 2, 2), 1, (8,), **o),
     "cifar10-small": lambda shape, **o: UNet(shape, 64, (2, 2, 2), 2, (16,), **o),
     "cifar10": lambda shape, **o: UNet(shape, 128, (2, 2, 2), 4, (16,), **o),
 }
