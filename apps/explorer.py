@@ -13,7 +13,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import gradio as gr
+from proxies import bypass_proxies
+
+with bypass_proxies():  # a SOCKS proxy would end the import, any other one the launch
+    import gradio as gr
+
 import offer
 import server
 from markup import read_static
@@ -70,17 +74,16 @@ def main(argv: list = None) -> int:
     args = server.parse_arguments(argv)
     try:
         server.check_arguments(args)
-        port = server.find_port(args.host, args.port)
+        offer.ALLOWED_RUNS[:] = args.runs
+        jobs.ALLOWED = jobs.is_local(args.host)
+        set_threads()
+        page = build()
+        address = server.launch_page(page, args.host, args.port, args.root_path, args.auth)
     except (ValueError, OSError) as e:
         print(f"explorer: {e}", file=sys.stderr)
         return 2
-    offer.ALLOWED_RUNS[:] = args.runs
-    jobs.ALLOWED = jobs.is_local(args.host)
-    set_threads()
-    if port != args.port:
-        print(f"port {args.port} is busy, using {port} instead", flush=True)
-    page = build()
-    address = server.launch_page(page, args.host, port, args.root_path, args.auth)
+    if page.server_port != args.port:
+        print(f"port {args.port} is busy, using {page.server_port} instead", flush=True)
     threading.Thread(target=warm_up, daemon=True).start()
     print(f"explorer ready at {address}  (Ctrl-C stops it)", flush=True)
     try:

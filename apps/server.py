@@ -7,6 +7,7 @@ import socket
 
 import gradio as gr
 from markup import STATIC, read_static
+from proxies import bypass_proxies
 
 from cudlab.catalog import list_runs
 from cudlab.config import did_you_mean, get_settings
@@ -92,19 +93,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"root-path = {args.root_path!r} does not begin with /; for example /lab")
 
 
-def find_port(host: str, port: int) -> int:
-    "The first free port from `port` on."
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    last = min(port + 99, 65535)
-    for candidate in range(port, last + 1):
-        with socket.socket(family) as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                s.bind((host, candidate))
-                return candidate
-            except OSError:
-                continue
-    raise ValueError(f"port = {port}: no port from here to {last} is free on {host}")
+def is_free(host: str, port: int) -> bool:
+    "Whether a port can be had at this moment; only taking it makes sure."
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def read_scripts() -> str:
@@ -113,10 +110,10 @@ def read_scripts() -> str:
     return "<script>(() => {\n" + "".join(scripts) + "})();</script>"
 
 
-def launch_page(page: gr.Blocks, host: str, port: int, root_path: str = "", auth=None) -> str:
-    "Serve the page from threads of this process; its address."
+def launch_at(page: gr.Blocks, host: str, port: int, root_path: str, auth) -> str:
+    "Serve the page from threads of this process; its address. An `OSError` if the port is taken."
     _, address, _ = page.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
         share=False,
         inbrowser=False,
@@ -137,3 +134,18 @@ def launch_page(page: gr.Blocks, host: str, port: int, root_path: str = "", auth
         max_file_size="1kb",
     )
     return address
+
+
+def launch_page(page: gr.Blocks, host: str, port: int, root_path: str = "", auth=None) -> str:
+    "Serve the page on the first port from `port` on that can be taken; its address."
+    last = min(port + 99, 65535)
+    for candidate in range(port, last + 1):
+        if not is_free(host, candidate):
+            continue
+        try:
+            with bypass_proxies():
+                return launch_at(page, host, candidate, root_path, auth)
+        except OSError as e:  # another program was faster
+            if "empty port" not in str(e):
+                raise
+    raise ValueError(f"port = {port}: no port from here to {last} is free on {host}")

@@ -1128,14 +1128,6 @@ def test_nothing_but_the_page_is_served(address):
 # Starting it
 
 
-def test_a_busy_port_gives_way(app):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert server.find_port("127.0.0.1", port) > port
-
-
 @pytest.mark.long
 def test_a_busy_port_gives_way_and_says_so(lab):
     from gradio_client import Client
