@@ -1,6 +1,7 @@
 """One thread a process, no telemetry, and nothing a test trains lands in the checkout."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
+    # nohup and the background of a script leave them ignored, here and in every process of a test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "long: of the long suite, `make test-all`")
     config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none")
     config.addinivalue_line(
