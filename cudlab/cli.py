@@ -10,7 +10,7 @@ __all__ = ['COMMANDS', 'report_error', 'sigterm_as_interrupt', 'find_method',
            'sample_command', 'sweep_command', 'export_command', 'import_command',
            'format_commands', 'run_command', 'main']  # fmt: skip
 
-# %% ../nbs/63_cli.ipynb #88145391
+# %% ../nbs/63_cli.ipynb #040df50f
 import argparse
 import collections
 import contextlib
@@ -28,7 +28,6 @@ from .config import (
     from_dict,
     get_settings,
     lookup,
-    parse_value,
     set_threads,
 )
 from .create import create_run
@@ -40,6 +39,7 @@ from .jobs import (
     error_message,
     get_exit_code,
     parse_parameters,
+    type_method_args,
 )
 from .methods import METHODS
 from .provenance import RUNTIME_KEYS
@@ -108,11 +108,11 @@ def add_config_flags(
 def gather_args(
     given: dict,  # name -> text
 ) -> dict:
-    "The same with the arguments of the method as one dict of typed values."
+    "The same with the arguments of the method as one dict."
     params = {}
     for key, text in given.items():
         if key.startswith("args."):
-            params.setdefault("args", {})[key.removeprefix("args.")] = parse_value(text)
+            params.setdefault("args", {})[key.removeprefix("args.")] = text
         else:
             params[key] = text
     return params
@@ -326,7 +326,7 @@ def import_command(argv: list) -> None:
     parser.add_argument("source", help="a run's folder, or a safetensors file")
     add_config_flags(parser, ImportOptions, find_method(argv, "rf"))
     given = gather_args(parser.read(argv))
-    args = given.pop("args", {})
+    args = type_method_args(given.get("method", "rf"), given.pop("args", {}))
     options = from_dict(ImportOptions, parse_fields(ImportOptions, given) | {"args": args})
     with sigterm_as_interrupt():
         print(import_path(given["source"], options))

@@ -8,7 +8,7 @@ __all__ = ['SHARED', 'plan_points', 'find_score', 'score_curve',
            'ScoreEvent', 'RunPlan', 'find_known', 'plan_run', 'describe_score',
            'evaluate', 'summarize']  # fmt: skip
 
-# %% ../nbs/42_evaluate.ipynb #86bb2aa6
+# %% ../nbs/42_evaluate.ipynb #a60f6e62
 import functools
 import statistics
 import time
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .catalog import list_runs
-from .config import Options, from_dict, option
+from .config import Options, from_dict, option, parse_texts
 from .data import Data, load_data
 from .distances import mean_interval
 from .distributed import get_world
@@ -174,7 +174,7 @@ class Evaluation(EvaluationOptions):
 # %% ../nbs/42_evaluate.ipynb #2cc848d0
 def to_words(key: str, value):
     "A list or a number as the row of words that the job's texts hold."
-    if key in ("nfes", "seeds") and type(value) is int:
+    if key in ("run", "nfes", "seeds") and type(value) is int:
         return str(value)
     if key in ("run", "solvers", "nfes", "seeds") and isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
@@ -184,7 +184,8 @@ def to_words(key: str, value):
 # %% ../nbs/42_evaluate.ipynb #e9edaea7
 def parse_evaluation(params: dict) -> Evaluation:
     "Checked parameters of the job; a number or a list is fine where a row of words is expected."
-    job = from_dict(Evaluation, {key: to_words(key, value) for key, value in params.items()})
+    words = {key: to_words(key, value) for key, value in params.items()}
+    job = from_dict(Evaluation, parse_texts(Evaluation, words))
     job.points()
     return job
 

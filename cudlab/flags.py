@@ -6,11 +6,11 @@
 __all__ = ['KIND_NAMES', 'StoreOnce', 'Parser', 'add_flags', 'parse_fields',
            'options_from_args', 'flags_of']  # fmt: skip
 
-# %% ../nbs/37_flags.ipynb #f50313f6
+# %% ../nbs/37_flags.ipynb #719f624f
 import argparse
 from dataclasses import MISSING, fields
 
-from .config import did_you_mean, from_dict, parse_value
+from .config import did_you_mean, from_dict, parse_texts
 
 
 # %% ../nbs/37_flags.ipynb #96840b9a
@@ -87,8 +87,8 @@ def parse_fields(
     given: dict,  # name -> text; other names are left alone
 ) -> dict:
     "Typed values of those fields that were given."
-    kinds = {f.name: f.type for f in fields(cls)}
-    return {key: parse_value(text, kinds[key]) for key, text in given.items() if key in kinds}
+    names = {f.name for f in fields(cls)}
+    return parse_texts(cls, {key: text for key, text in given.items() if key in names})
 
 
 # %% ../nbs/37_flags.ipynb #6f76f023

@@ -53,7 +53,8 @@ def test_options_do_not_share_a_dict():
 
 def test_a_text_becomes_the_value_it_means():
     assert [parse_value(text) for text in ("1e-3", "8", "TRUE", "a b")] == [1e-3, 8, True, "a b"]
-    assert parse_value("8", str) == "8"
+    assert parse_value("8", str) == "8" and parse_value("yes") == "yes"
+    assert [parse_value(t, bool) for t in ("yes", "No", "on", "off")] == [True, False, True, False]
 
 
 def test_wrong_devices_are_a_sentence():
@@ -226,3 +227,20 @@ def test_a_tilde_is_the_home_folder(lab, monkeypatch):
     here = get_settings(lab("runs_path = ~/runs\ndata_path = ~/data, here\n"))
     assert str(here.runs_path) == "/home/somebody/runs"
     assert list(map(str, here.data_path)) == ["/home/somebody/data", f"{here.root}/here"]
+
+
+def test_quotes_around_a_value_are_no_part_of_it(lab, monkeypatch):
+    folder = lab("port = '8000'\nruns_path = \"my # runs\"  # mine\ndata_path = \"a\", 'b c', d\n")
+    here = get_settings(folder)
+    assert (here.port, here.runs_path) == (8000, folder / "my # runs")
+    assert here.data_path == (folder / "a", folder / "b c", folder / "d")
+    monkeypatch.setenv("CUDLAB_RUNS_PATH", '"it\'s # here"')
+    monkeypatch.setenv("CUDLAB_CACHE_PATH", "a # b")
+    here = get_settings(folder)
+    assert (here.runs_path, here.cache_path) == (folder / "it's # here", folder / "a # b")
+
+
+def test_a_list_may_go_on_in_the_next_line(lab):
+    folder = lab("data_path = a,  # mine\n    b  # shared\nseed = 3  ; third\n")
+    here = get_settings(folder)
+    assert here.data_path == (folder / "a", folder / "b") and here.seed == 3

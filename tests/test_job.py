@@ -1,19 +1,23 @@
 """tools/job.py: parameters checked before a kernel starts, a stop that saves, an exit code."""
 
+import ast
 import importlib.util
 import json
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from cudlab.jobs import read_status
+from cudlab.config import Config
+from cudlab.evaluate import EvaluationOptions, parse_evaluation
+from cudlab.jobs import TrainOptions, parse_parameters, read_status
 from cudlab.run import Run
 
-pytest.importorskip("papermill")
+papermill = pytest.importorskip("papermill")
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE = (str(ROOT / "nbs" / f"{name}.ipynb") for name in ("train", "evaluate"))
 spec = importlib.util.spec_from_file_location("job", ROOT / "tools" / "job.py")
@@ -89,6 +93,39 @@ def test_every_way_to_pass_a_parameter_is_checked(front, capsys, args, name):
     ended, asked = front(TRAIN, *args)
     said = capsys.readouterr().err
     assert ended == 2 and not asked and said.count("\n") == 1 and name in said, said
+
+
+@pytest.mark.parametrize(
+    "notebook, classes", [(TRAIN, (Config, TrainOptions)), (EVALUATE, (EvaluationOptions,))]
+)
+def test_papermill_lists_every_parameter_with_its_default_and_a_word_on_it(notebook, classes):
+    listed = papermill.inspect_notebook(notebook)
+    known = {f.name: getattr(cls(), f.name) for cls in classes for f in fields(cls)}
+    known |= {"args": ""} if "args" in known else {}
+    assert list(listed) == list(known)
+    for name, entry in listed.items():
+        assert ast.literal_eval(entry["default"]) == known[name], name
+        assert entry["help"] and entry["inferred_type_name"] == type(known[name]).__name__, name
+
+
+def test_texts_of_yaml_become_the_numbers_and_truth_values_they_mean(front):
+    yaml = "{lr: 1e-3, steps: '2', classes: 'off', args: {aim: '8', w2: 1e-3, coupling: 'yes'}}"
+    for words, want in (
+        (("-y", yaml), {"lr": 1e-3, "steps": 2, "classes": False}),
+        (("-r", "steps", "2", "-r", "lr", "1e-3", "-r", "classes", "no"), {"steps": 2, "lr": 1e-3}),
+        (("-p", "name", "2026"), {}),
+    ):
+        ended, asked = front(TRAIN, *words)
+        config, options = parse_parameters(asked[-1]["parameters"])
+        assert ended == 0 and {key: getattr(config, key) for key in want} == want
+    assert options.name == "2026"
+    args = parse_parameters({"method": "cud", "args": {"aim": "8", "w2": "1e-3", "heads": "2"}})
+    assert args[0].args == {"aim": 8, "w2": 1e-3, "heads": 2}
+    row = parse_parameters({"method": "cud", "args": "aim=8 w2=1e-3 coupling=yes"})[0].args
+    assert row == {"aim": 8, "w2": 1e-3, "coupling": True}
+    assert parse_parameters({"method": "boot", "args": "teacher=007"})[0].args == {"teacher": "007"}
+    job = parse_evaluation({"n": "2e3", "denoise": "no", "guidance": "1e0", "nfes": 4, "run": ""})
+    assert (job.n, job.denoise, job.guidance, job.nfes) == (2000, False, 1.0, "4")
 
 
 def test_what_papermill_would_run_is_let_through(front, tmp_path):
