@@ -1,25 +1,28 @@
 """The explorer: watch what every network call does and measure what it buys, on real checkpoints.
 
 python apps/explorer.py [--port 7860] [--host 127.0.0.1] [--runs NAME ...] [--root-path /lab]
-[--auth USER:PASSWORD]
+[--auth USER:PASSWORD] [--hosts NAME ...]
 """
 
 import os
+import secrets
 import sys
 import threading
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # remembered, for a table nobody sees
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from proxies import bypass_proxies
 
-with bypass_proxies():  # a SOCKS proxy would end the import, any other one the launch
+with bypass_proxies():  # a SOCKS proxy would end the import
     import gradio as gr
 
 import offer
 import server
+from guard import Names
 from markup import read_static
 from request import FORM_FIELDS, LOG, error_line
 from views import QUICK, SPLIT, compare, form, live, runs, share, tradeoff, trajectory, velocity
@@ -54,7 +57,7 @@ def build() -> gr.Blocks:
         asks.load = load
         trajectory.wire(side, inputs, film, numbers, code, asks)
         tradeoff.wire(chart, asks.fit)
-    return page.queue(max_size=32)
+    return page.queue(max_size=32, api_open=False)  # nothing goes past the queue
 
 
 def warm_up() -> None:
@@ -74,18 +77,21 @@ def main(argv: list = None) -> int:
     args = server.parse_arguments(argv)
     try:
         server.check_arguments(args)
-        offer.ALLOWED_RUNS[:] = args.runs
-        jobs.ALLOWED = jobs.is_local(args.host)
-        set_threads()
-        page = build()
-        address = server.launch_page(page, args.host, args.port, args.root_path, args.auth)
+        listening = server.open_socket(args.host, args.port)
     except (ValueError, OSError) as e:
         print(f"explorer: {e}", file=sys.stderr)
         return 2
-    if page.server_port != args.port:
-        print(f"port {args.port} is busy, using {page.server_port} instead", flush=True)
+    offer.ALLOWED_RUNS[:] = args.runs
+    jobs.TOKEN = secrets.token_hex(16)
+    set_threads()
+    port = listening.getsockname()[1]
+    if port != args.port:
+        print(f"port {args.port} is busy, using {port} instead", flush=True)
+    page = build()
+    names = Names(args.host, args.hosts)
+    address = server.launch_page(page, listening, names, args.root_path, args.auth)
     threading.Thread(target=warm_up, daemon=True).start()
-    print(f"explorer ready at {address}  (Ctrl-C stops it)", flush=True)
+    print(f"explorer ready at {address}?token={jobs.TOKEN}  (Ctrl-C stops it)", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@ the disk.
 """
 
 import fcntl
-import ipaddress
+import hmac
 import json
 import os
 import shlex
@@ -14,9 +14,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import gradio as gr
 from offer import listed_runs
 from request import as_one_line
 
@@ -24,41 +22,27 @@ from cudlab.catalog import RunInfo, get_run_info
 from cudlab.cli import train_parameters
 from cudlab.config import Config, Options, did_you_mean, get_settings
 from cudlab.create import open_teacher, resolve_run_dir
+from cudlab.data import DATA
 from cudlab.jobs import parse_parameters, read_status
 from cudlab.methods import make_method
 from cudlab.run import Run
 
-# whether jobs may be started; the explorer sets it where only this machine can reach the page
-ALLOWED = False
-OFF = (
-    "jobs cannot be started, stopped or continued from here: only a page that is served to its "
-    "own machine alone may do that; use cudlab train"
+# what a page must know to start jobs; the explorer draws one, and without one no job is started
+TOKEN = ""
+NO_TOKEN = (
+    "jobs are started, stopped and continued with a token only: open the address that the terminal "
+    "has printed, with ?token= and what follows"
 )
 LONGEST = 2000  # characters of parameters
-PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host")
+MOST = dict(steps=1_000_000, batch=4096, keep=20)  # of what a page may ask for
+LARGEST = 100_000  # number among the arguments of a method
 
 
-def is_local(host) -> bool:
-    "Whether a host name means this machine."
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
-def check_permission(request: gr.Request = None) -> None:
-    """Raises a `ValueError` unless jobs may be started: no other machine, no proxy, no page of
-    another origin.
-    """
-    headers = request.headers if request else {}
-    hosts = []
-    if "host" in headers:
-        hosts.append(urlsplit(f"//{headers['host']}").hostname)
-    if "origin" in headers:
-        hosts.append(urlsplit(headers["origin"]).hostname)
-    is_proxied = any(name in headers for name in PROXY_HEADERS)
-    if not ALLOWED or is_proxied or not all(map(is_local, hosts)):
-        raise ValueError(OFF)
+def check_token(given) -> None:
+    "Raises a `ValueError` unless this is the token of the explorer."
+    known = isinstance(given, str) and given.isascii() and hmac.compare_digest(given, TOKEN)
+    if not (TOKEN and known):
+        raise ValueError(NO_TOKEN)
 
 
 # What is on disk
@@ -203,7 +187,34 @@ def looks_like_path(value) -> bool:
     "Whether a value could mean a file; from a page, runs and data sets are given by name."
     if not isinstance(value, str):
         return False
-    return value.startswith((".", "~")) or any(c in value for c in "/\\\0")
+    parts = value.split(":")
+    return any(part.startswith((".", "~")) for part in parts) or any(c in value for c in "/\\\0")
+
+
+def check_job(config: Config, options: Options) -> None:
+    "Raises a `ValueError` where a job is more than a page may ask for."
+    values = {**config.args, **vars(config), **vars(options)}
+    for key, value in values.items():
+        if looks_like_path(value):
+            raise ValueError(
+                f"{key} = {value[:60]!r} looks like a path; from a page, runs and data sets are "
+                "given by name"
+            )
+        most = MOST.get(key, LARGEST if key in config.args else None)
+        if most and isinstance(value, (int, float)) and value > most:
+            raise ValueError(
+                f"{key} = {value:g} is more than a page may ask for; at most {most:,}, or use "
+                "cudlab train"
+            )
+    if config.data not in DATA:
+        raise ValueError(
+            f"data = {config.data[:60]!r} is not one of {', '.join(DATA)}; others need cudlab train"
+        )
+    if config.keep_every and config.steps // config.keep_every > MOST["keep"]:
+        raise ValueError(
+            f"keep_every = {config.keep_every} keeps more than {MOST['keep']} checkpoints; use "
+            "cudlab train"
+        )
 
 
 def parse_job(text) -> tuple:
@@ -217,12 +228,7 @@ def parse_job(text) -> tuple:
             f"the parameters cannot be read: {str(e).lower()}; write --key value pairs"
         ) from None
     config, options = parse_parameters(train_parameters(words))
-    for key, value in {**vars(config), **config.args, **vars(options)}.items():
-        if looks_like_path(value):
-            raise ValueError(
-                f"{key} = {value[:60]!r} looks like a path; from a page, runs and data sets are "
-                "given by name"
-            )
+    check_job(config, options)
     method = make_method(config)
     if method.teacher:
         get_run_info(method.teacher)
@@ -289,17 +295,17 @@ def launch_job(config: Config, options: Options, folder: Path) -> str:
     return name
 
 
-def start_job(text: str, request: gr.Request = None) -> str:
+def start_job(text: str, token: str = "") -> str:
     "Start a job from the flags of `cudlab train`, checked beforehand; the name of its run."
     with as_one_line():
-        check_permission(request)
+        check_token(token)
         return launch_job(*parse_job(text))
 
 
-def resume_job(name: str, request: gr.Request = None) -> str:
+def resume_job(name: str, token: str = "") -> str:
     "Go on with a run that was stopped or killed: the same configuration under the same name."
     with as_one_line():
-        check_permission(request)
+        check_token(token)
         job = read_job(name)
         if not job.is_resumable:
             raise ValueError(
@@ -310,10 +316,10 @@ def resume_job(name: str, request: gr.Request = None) -> str:
         return launch_job(Run(folder).config, options, folder)
 
 
-def stop_job(name: str, request: gr.Request = None) -> str:
+def stop_job(name: str, token: str = "") -> str:
     "Ask a running job to save and end; the name of its run."
     with as_one_line():
-        check_permission(request)
+        check_token(token)
         job = read_job(name)
         if job.status != "running":
             raise ValueError(f"run {name!r} is {job.status}; only a running job can be stopped")

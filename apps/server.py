@@ -1,17 +1,27 @@
-"The server: what may be said on its command line, and how the page is launched."
+"The server: what may be said on its command line, and how the page is served."
 
 import argparse
+import asyncio
+import errno
 import json
 import os
 import socket
+import threading
+import time
+from contextlib import asynccontextmanager
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from guard import BODY, EVERYWHERE, Guard, Listeners, Names, Protocol, is_local
 from markup import STATIC, read_static
-from proxies import bypass_proxies
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from cudlab.catalog import list_runs
 from cudlab.config import did_you_mean, get_settings
-from jobs import is_local
+
+SESSIONS = 32  # whose state is kept
 
 BLUES = (
     *("#eef4f8", "#dbe8f1", "#b6d0e3", "#86b1cf", "#4f8db6", "#0f6da3"),
@@ -61,6 +71,14 @@ def parse_arguments(argv: list = None) -> argparse.Namespace:
         help="the path under which a proxy serves this page, for example /lab",
     )
     parser.add_argument(
+        "--hosts",
+        nargs="*",
+        default=os.environ.get("CUDLAB_HOSTS", "").split(),
+        metavar="NAME",
+        help="further names under which the page is reached, for example the one of a proxy; "
+        "CUDLAB_HOSTS in the environment does the same",
+    )
+    parser.add_argument(
         "--auth",
         default=os.environ.get("CUDLAB_AUTH", ""),
         metavar="USER:PASSWORD",
@@ -93,15 +111,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"root-path = {args.root_path!r} does not begin with /; for example /lab")
 
 
-def is_free(host: str, port: int) -> bool:
-    "Whether a port can be had at this moment; only taking it makes sure."
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+def open_socket(host: str, port: int) -> socket.socket:
+    "A socket that listens at the first free port from `port` on."
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    last = min(port + 99, 65535)
+    for candidate in range(port, last + 1):
+        s = socket.socket(family)
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            s.bind((host, port))
-        except OSError:
-            return False
-    return True
+            s.bind((host, candidate))
+            s.listen(100)
+            return s
+        except OSError as e:
+            s.close()
+            if e.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+    raise ValueError(f"port = {port}: no port from here to {last} is free on {host}")
 
 
 def read_scripts() -> str:
@@ -110,15 +135,41 @@ def read_scripts() -> str:
     return "<script>(() => {\n" + "".join(scripts) + "})();</script>"
 
 
-def launch_at(page: gr.Blocks, host: str, port: int, root_path: str, auth) -> str:
-    "Serve the page from threads of this process; its address. An `OSError` if the port is taken."
-    _, address, _ = page.launch(
-        server_name=f"[{host}]" if ":" in host else host,
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        quiet=True,
-        prevent_thread_lock=True,
+class Server(uvicorn.Server):
+    "A server in a thread of this process."
+
+    def start(self, s: socket.socket) -> None:
+        "Answers what comes to a socket."
+        self.thread = threading.Thread(target=self.run, kwargs=dict(sockets=[s]), daemon=True)
+        self.thread.start()
+        while not self.started and self.thread.is_alive():
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        "Ends, once what is under way has ended or two seconds have passed."
+        self.should_exit = True
+        self.thread.join(5)
+
+
+def make_app(page: gr.Blocks, names: Names, root_path: str, auth: tuple | None) -> FastAPI:
+    "The page as an application, behind the guard; no other origin may read what it says."
+    page.state_session_capacity = SESSIONS
+    listeners = Listeners(page)
+
+    @asynccontextmanager
+    async def watched(app: FastAPI):
+        watch = asyncio.create_task(listeners.watch())
+        yield
+        watch.cancel()
+
+    before = [
+        Middleware(Guard, names=names, listeners=listeners, root_path=root_path),
+        Middleware(CORSMiddleware, allow_origins=()),  # else Gradio has one of its own
+    ]
+    return gr.mount_gradio_app(
+        FastAPI(lifespan=watched, middleware=before, openapi_url=None, max_body_size=BODY),
+        page,
+        path="/",
         show_error=False,
         theme=make_theme(),
         css=read_static("page.css"),
@@ -131,21 +182,30 @@ def launch_at(page: gr.Blocks, host: str, port: int, root_path: str, auth) -> st
         mcp_server=False,
         root_path=root_path or None,
         auth=auth,
-        max_file_size="1kb",
+        max_file_size="1b",
     )
-    return address
 
 
-def launch_page(page: gr.Blocks, host: str, port: int, root_path: str = "", auth=None) -> str:
-    "Serve the page on the first port from `port` on that can be taken; its address."
-    last = min(port + 99, 65535)
-    for candidate in range(port, last + 1):
-        if not is_free(host, candidate):
-            continue
-        try:
-            with bypass_proxies():
-                return launch_at(page, host, candidate, root_path, auth)
-        except OSError as e:  # another program was faster
-            if "empty port" not in str(e):
-                raise
-    raise ValueError(f"port = {port}: no port from here to {last} is free on {host}")
+def launch_page(
+    page: gr.Blocks, s: socket.socket, names: Names = None, root_path: str = "", auth: tuple = None
+) -> str:
+    "Serve the page from a thread of this process; its address. `page.close` ends it."
+    app = make_app(page, names or Names(), root_path, auth)
+    page.app = app.routes[-1].app
+    page.has_launched = True  # else no file is checked
+    page.server = Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=2,
+        )
+    )
+    page.server.start(s)
+    host, port = s.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{'localhost' if host in EVERYWHERE else host}:{port}/"

@@ -80,10 +80,16 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(chromium, lab):
-    process, address, _ = start_explorer(lab)
-    yield address
+def served(chromium, lab):
+    "(address, token) of an explorer."
+    process, address, printed = start_explorer(lab)
+    yield address, re.search(r"\?token=(\w+)", printed[-1]).group(1)
     stop_explorer(process)
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    return served[0]
 
 
 @pytest.fixture(scope="module")
@@ -461,6 +467,28 @@ def test_a_run_is_opened_from_the_list(visit):
     go_to(page, "Trajectory")
     wait_for_points(page)
     assert "moons-run" in page.locator("#run input").input_value()
+
+
+def test_jobs_need_the_token_of_the_terminal(visit, served):
+    page = visit()
+    go_to(page, "Live")
+    page.locator("#job-text textarea").fill("--method nope")
+    page.locator("#job-start").click()
+    toast = page.get_by_test_id("toast-body")
+    toast.wait_for()
+    assert "?token=" in toast.inner_text()
+    asked = []
+    page = visit(query=f"&token={served[1]}")
+    page.on("request", lambda request: asked.append((request.url, request.headers)))
+    assert "token" not in page.url and served[1] not in page.content()
+    go_to(page, "Live")
+    page.locator("#job-text textarea").fill("--method nope")
+    page.locator("#job-start").click()
+    toast = page.get_by_test_id("toast-body")
+    toast.wait_for()
+    assert "unknown method 'nope'" in toast.inner_text()  # the token was right
+    assert asked and served[1] not in str(asked), "neither in an address nor in a referrer"
+    assert page.evaluate("sessionStorage.getItem('cudlab-token')") == served[1]
 
 
 class Proxy(BaseHTTPRequestHandler):

@@ -1,5 +1,6 @@
 "How the page is launched: on a port of its own, and around every proxy."
 
+import errno
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ DEAD = {"http": "http://127.0.0.1:1", "https": "nonsense", "all": "socks5://127.
 
 
 def test_two_explorers_of_the_same_second_each_get_a_port_though_all_proxies_are_dead():
-    "Two real launches, since gradio looks for its own page by HTTP: about eight seconds."
+    "Two real launches: about eight seconds."
     env = {f"{kind}_proxy": url for kind, url in DEAD.items()} | {"no_proxy": "", "NO_PROXY": ""}
     port = free_port()
     flags = env, "--runs", "digits-rf"
@@ -31,31 +32,26 @@ def test_two_explorers_of_the_same_second_each_get_a_port_though_all_proxies_are
     assert said[1].startswith(f"port {port} is busy, using ")
 
 
-def test_a_port_that_another_program_takes_meanwhile_gives_way(monkeypatch):
-    "The look at the port is only a hint."
-    monkeypatch.setattr(server, "is_free", lambda host, port: True)
-    tried = []
-
-    def launch_at(page, host, port, *more):
-        tried.append(port)
-        if len(tried) < 3:
-            raise OSError(f"Cannot find empty port in range: {port}-{port}.")
-        return f"http://{host}:{port}/"
-
-    monkeypatch.setattr(server, "launch_at", launch_at)
-    assert server.launch_page(None, "127.0.0.1", 7860) == "http://127.0.0.1:7862/"
-    assert tried == [7860, 7861, 7862]
-
-
-def test_a_port_is_looked_at_on_the_address_that_is_served():
+def test_a_port_is_taken_on_the_address_that_is_served():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert not server.is_free("127.0.0.1", port)
-    assert not server.is_free("300.1.2.3", port)
-    with pytest.raises(ValueError, match="no port from here to 65535 is free on 300.1.2.3"):
-        server.launch_page(None, "300.1.2.3", 65530)
+        with server.open_socket("127.0.0.1", port) as other:
+            assert other.getsockname()[1] > port
+            with server.open_socket("127.0.0.1", port) as third:
+                assert third.getsockname()[1] > other.getsockname()[1]
+    with pytest.raises(OSError):
+        server.open_socket("300.1.2.3", 65530)
+
+
+def test_no_free_port_is_a_sentence(monkeypatch):
+    def refuse(self, address):
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(ValueError, match="no port from here to 65535 is free on 127.0.0.1"):
+        server.open_socket("127.0.0.1", 65530)
 
 
 def test_jobs_have_the_proxies_of_the_user_again(monkeypatch):

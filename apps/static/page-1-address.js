@@ -1,3 +1,20 @@
+/* The token that starts jobs goes from the address into this tab before anything reads that. */
+const TOKEN = 'cudlab-token';
+
+function keepToken() {
+  const found = new URLSearchParams(location.search);
+  if (!found.has('token')) return;
+  sessionStorage.setItem(TOKEN, found.get('token'));
+  found.delete('token');
+  history.replaceState(history.state, '', `${location.pathname}?${found}`.replace(/\?$/, ''));
+}
+
+keepToken();
+
+function token() {
+  return sessionStorage.getItem(TOKEN) || '';
+}
+
 /* Small tools, and the address: what differs from the usual is in the query, so that a copied link
    shows the same. */
 const query = new URLSearchParams(location.search);

@@ -124,7 +124,7 @@ function start() {
 }
 
 window.cudlab = {
-  Reel, Arena, put, form, columns, save, saveChart, saveCharts, start,
+  Reel, Arena, token, put, form, columns, save, saveChart, saveCharts, start,
   get reel() { return reel; },
   get arena() { return arena; },
 };

@@ -214,7 +214,7 @@ def build_control() -> SimpleNamespace:
     name = gr.Dropdown(
         [], label="Job", info="your runs; what is running comes first", elem_id="job"
     )
-    with gr.Row(elem_classes="buttons", visible=jobs.ALLOWED):
+    with gr.Row(elem_classes="buttons"):
         small = dict(min_width=80, size="md", interactive=False)
         stop = gr.Button("Stop", elem_id="job-stop", **small)
         resume = gr.Button("Resume", elem_id="job-resume", **small)
@@ -224,15 +224,11 @@ def build_control() -> SimpleNamespace:
         info="flags as after cudlab train",
         lines=4,
         max_length=jobs.LONGEST,
-        visible=jobs.ALLOWED,
         elem_id="job-text",
     )
-    start = gr.Button(
-        "Start", variant="primary", elem_id="job-start", size="md", visible=jobs.ALLOWED
-    )
-    if not jobs.ALLOWED:
-        gr.HTML(caption_html(escape(f"{jobs.OFF[0].upper()}{jobs.OFF[1:]}.")))
-    return SimpleNamespace(name=name, stop=stop, resume=resume, text=text, start=start)
+    start = gr.Button("Start", variant="primary", elem_id="job-start", size="md")
+    token = gr.Textbox(visible=False)  # filled by the page
+    return SimpleNamespace(name=name, stop=stop, resume=resume, text=text, start=start, token=token)
 
 
 def build_job() -> SimpleNamespace:
@@ -296,7 +292,13 @@ def build() -> None:
         (jobs.stop_job, control.stop, name),
     ):
 
-        def on_click(value, request: gr.Request, action=action):
-            return choose_job(action(value, request))
+        def on_click(value, token, action=action):
+            return choose_job(action(value, token))
 
-        button.click(on_click, given, [name, *watched], **PRIVATE)
+        button.click(
+            on_click,
+            [given, control.token],
+            [name, *watched],
+            js="(value) => [value, cudlab.token()]",
+            **PRIVATE,
+        )
