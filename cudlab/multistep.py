@@ -11,7 +11,7 @@ __all__ = ['CLOCKS', 'TEXTBOOK', 'ADAMS', 'TEXTBOOK_V', 'SOLVERS', 'tableau_stag
            'dpm3_stages', 'edm_stages', 'memory_entry', 'stages_entry',
            'unipc_entry']  # fmt: skip
 
-# %% ../nbs/07_multistep.ipynb #272bd8dd
+# %% ../nbs/07_multistep.ipynb #45f41333
 import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -21,19 +21,15 @@ import torch
 from torch import Tensor
 
 from .path import Path, SchedulePoint, linear, schedule_points
-from .solver import (  # noqa: F401  found here too
+from .solver import SOLVERS, Solver, find_steps, get_solver, iterate, solve  # noqa: F401
+from .step import (
+    OPEN,
     PREDICTIONS,
     RK2,
     RK3,
     RK4,
-    SOLVERS,
-    Solver,
     convert_prediction,
-    find_steps,
-    get_solver,
-    iterate,
     linear_step,
-    solve,
     weighted_sum,
 )
 
@@ -48,9 +44,10 @@ def tableau_stages(
 
     def stages(t: SchedulePoint, s: SchedulePoint, path: Path) -> list:
         made = []
-        for row in (*a, b):
+        rows, shares = (a, b) if math.isfinite(s.dsigma) else OPEN[len(b)]
+        for row in (*rows, shares):
             at = s
-            if sum(row) != 1:
+            if row is not shares and sum(row) != 1:
                 time = torch.tensor([t.t + sum(row) * (s.t - t.t)], dtype=torch.float64)
                 at = schedule_points(path, time)[0]
             gain = linear_step(kind, t, at)[1]

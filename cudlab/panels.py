@@ -54,7 +54,7 @@ def move_panels(
     f,  # the velocity whose flow it is held against, f(x, t)
 ) -> dict:
     "What `moves_chart` draws: title -> (N, B), (N - 1, B) or (K, N, B)."
-    states = torch.stack([x for _, x in reference_states(f, tau.xs[0], tau.ts)])
+    states = torch.stack([x for _, x in reference_states(f, tau.xs[0], tau.ts, path=tau.path)])
     panels = {
         "speed": move_speed(tau),
         "turning (cosine)": move_turning(tau),

@@ -66,7 +66,8 @@ def view_values(
             "ScrubPanel(trajectory, f=...)"
         )
     if name == "x_t - flow":
-        return tau.xs - torch.stack([x for _, x in reference_states(f, tau.xs[0], tau.ts)])
+        states = [x for _, x in reference_states(f, tau.xs[0], tau.ts, path=tau.path)]
+        return tau.xs - torch.stack(states)
     errors = [error for _, error, _, _ in local_error(tau, f)]
     return torch.stack([torch.zeros_like(tau.x), *errors])
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import check_int
-from .solver import Trajectory, heun, rk4
+from .path import Path
+from .solver import Trajectory
+from .step import heun, rk4
 
 
 # %% ../nbs/43_trajectory.ipynb #b4d51873
@@ -85,13 +87,14 @@ def carry_states(
     t: float,  # from
     s: float,  # to
     count: int,  # equal steps
-    step: Callable,  # step(f, x, t, s, v)
+    step: Callable,  # step(f, x, t, s, v, path)
     v: Tensor = None,  # f(x, t) where it is known already
+    path: Path = None,  # the path f belongs to, where s may be an end of it
 ) -> Tensor:
     "The state at s after so many equal steps, (B, *S)."
     edges = torch.linspace(t, s, count + 1, dtype=x.dtype, device=x.device)
     for a, b in zip(edges[:-1], edges[1:]):
-        x = step(f, x, a.expand(len(x)), b.expand(len(x)), v)
+        x = step(f, x, a.expand(len(x)), b.expand(len(x)), v, path)
         v = None
     return x
 
@@ -111,8 +114,8 @@ def local_error(
     for i, (t, s) in enumerate(zip(ts, ts[1:])):
         x = tau.xs[i]
         v = f(x, x.new_full((len(x),), t))
-        once = carry_states(f, x, t, s, parts, rk4, v)
-        twice = carry_states(f, x, t, s, 2 * parts, rk4, v)
+        once = carry_states(f, x, t, s, parts, rk4, v, tau.path)
+        twice = carry_states(f, x, t, s, 2 * parts, rk4, v, tau.path)
         error = tau.xs[i + 1] - twice
         yield i, error.float(), root_mean_square(error), root_mean_square(twice - once) / 15
 
@@ -124,6 +127,7 @@ def reference_states(
     x: Tensor,  # state at ts[0], (B, *S)
     ts: Tensor,  # decreasing times, (N+1,)
     steps: int = 64,  # Heun moves in all, at least
+    path: Path = None,  # the path f belongs to
 ) -> Iterator[tuple]:
     "The flow from the same noise at the times of a walk: (i, state at ts[i] (B, *S)), i = 0 to N."
     steps = check_int("steps", steps, 1, 100_000)
@@ -131,7 +135,7 @@ def reference_states(
     yield 0, x
     for i, (t, s) in enumerate(zip(times, times[1:]), 1):
         share = steps * (t - s) / (times[0] - times[-1])
-        x = carry_states(f, x, t, s, max(1, math.ceil(share - 1e-6)), heun)
+        x = carry_states(f, x, t, s, max(1, math.ceil(share - 1e-6)), heun, path=path)
         yield i, x
 
 

@@ -132,6 +132,17 @@ def test_an_exact_solver_has_no_local_error():
 # the flow
 
 
+def test_the_flow_of_the_vp_path_is_followed_to_its_end():
+    "Its exact velocity is NaN at t = 0, where Heun and the classical method would ask."
+    vp = PATHS["vp"]
+    flow = GaussianMixture(torch.tensor([[-1.0], [0.8]]), torch.tensor([0.5, 0.4]), path=vp)
+    x = draw_noise(0, 7, (1,))
+    tau = solve(flow, x, make_grid("uniform", 20), "rk4", vp)
+    *_, (_, end) = reference_states(flow, x, tau.ts, 200, path=vp)
+    close(end, solve(flow, x, make_grid("uniform", 200), "rk4", vp).x, rtol=0, atol=1e-3)
+    assert torch.stack([size for _, _, size, _ in local_error(tau, flow)]).max() < 1e-3
+
+
 def test_reference_is_heun_on_the_divided_grid():
     x, counted = draw_noise(0, 7, (2,)), NFECounter(TWO, 7)
     states = list(reference_states(counted, x, make_grid("uniform", 4)))

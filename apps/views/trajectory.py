@@ -231,7 +231,7 @@ class Errors:
         "Measures, and yields a line after each piece."
         clock = Clock()
         steps = self.request.steps
-        for i, reference in measures.reference_states(velocity, tau.xs[0], tau.ts):
+        for i, reference in measures.reference_states(velocity, tau.xs[0], tau.ts, path=tau.path):
             clock.check()
             self.gaps.append(tau.xs[i] - reference)
             yield f"the reference: step {i} of {steps}"
