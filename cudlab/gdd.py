@@ -100,16 +100,11 @@ class GDDOptions(Student):
         "encoder", "what the discriminator looks through: a row of names in BACKBONES"
     )
     width: int = option(64, "channels of the finest projection", low=1, high=1024)
-    discriminator: str = option(
-        "lab",
-        "projections and heads: the lab's small ones, or the published ones",
-        choices=("lab", "published"),
-    )
+    discriminator: str = option("lab", "projections and heads", choices=("lab", "published"))
     gamma: float = option(0.3, "weight of R1", low=0)
     r1: str = option(
         "mean",
-        "what R1 takes the gradient of: the mean logit, or the sum of all logits, as published "
-        "with gamma=1e-4",
+        "R1's gradient: of the mean logit, or of the sum of all, as published with gamma=1e-4",
         choices=("mean", "sum"),
     )
     lazy: int = option(
