@@ -239,9 +239,8 @@ class SampleRequest:
 
     def script(self) -> str:
         "The Python that makes the same trajectory."
-        usual = dict(
-            weights="ema", head=1, y=None, guidance=1.0, lower_order_final=None, denoise=True
-        )
+        usual = dict(weights="ema", y=None, guidance=1.0, lower_order_final=None, denoise=True)
+        usual |= {"head": self.run.sampling_defaults["head"]}
         shown = [
             f"{key}={value!r}"
             for key, value in self.choices.items()

@@ -183,7 +183,7 @@ def parse_texts(
     }
 
 
-# %% ../nbs/00_config.ipynb #84ee79ce
+# %% ../nbs/00_config.ipynb #168ffebc
 @dataclass
 class Config(Options):
     "Everything that decides a training run: same Config, same machine, same weights."
@@ -206,6 +206,7 @@ class Config(Options):
     schedule: str = option("cosine", "learning rate after warm-up", choices=("constant", "cosine"))
     clip: float = option(1.0, "largest gradient norm; 0 turns clipping off", low=0)
     ema: float = option(0.999, "decay of the weight average", low=0, high=0.999999)
+    ema_warmup: bool = option(True, "whether that decay starts low: at most (1 + n) / (10 + n)")
     dtype: str = option(
         "auto",
         "arithmetic of the network; weights stay float32",

@@ -241,13 +241,12 @@ def fit_joint(
     return lam
 
 
-# %% ../nbs/12_dode.ipynb #b433fa41
+# %% ../nbs/12_dode.ipynb #13ad511e
 NATIVE = "native"  # the grid a solver's authors use
 REFERENCE = 64  # Heun moves of the accurate solve
 # settings of a training that have no meaning where no network is trained
-UNUSED = (
-    "net dropout phi0 steps batch lr warmup schedule clip ema label_dropout dtype compile".split()
-)
+UNUSED = ["net", "dropout", "phi0", "steps", "batch", "lr", "warmup", "schedule", "clip", "ema"]
+UNUSED += ["ema_warmup", "label_dropout", "dtype", "compile"]
 
 
 # %% ../nbs/12_dode.ipynb #932f1086

@@ -149,13 +149,13 @@ def learning_rate(
     return config.lr * ramp * decay
 
 
-# %% ../nbs/09_fit.ipynb #f41e1889
+# %% ../nbs/09_fit.ipynb #85dc3bb0
 def ema_decay(
-    target: float,  # decay in the long run
+    config: Config,  # ema, the decay in the long run, and ema_warmup
     step: int,  # updates done
 ) -> float:
-    "Decay of the weight average with warm-up: min(target, (1 + n) / (10 + n))."
-    return min(target, (1 + step) / (10 + step))
+    "Decay of the weight average; with warm-up min(ema, (1 + n) / (10 + n))."
+    return min(config.ema, (1 + step) / (10 + step)) if config.ema_warmup else config.ema
 
 
 # %% ../nbs/09_fit.ipynb #a03957fe
@@ -331,7 +331,7 @@ def fit(
         bad = ~torch.isfinite(torch.stack([*losses.values(), *norms.values()])).all()
         for name in losses:
             step_optimizer(optims[name], lr * factors[name], bad)
-        torch._foreach_lerp_(averages, live, 1 - ema_decay(config.ema, step))
+        torch._foreach_lerp_(averages, live, 1 - ema_decay(config, step))
         for optim in optims.values():
             optim.zero_grad(set_to_none=True)
         step, skipped, streak = step + 1, skipped + bad, (streak + 1) * bad

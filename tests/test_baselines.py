@@ -12,7 +12,7 @@ from cudlab.jobs import parse_parameters
 from cudlab.run import Run
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "jobs").glob("*.json"))
+FILES = sorted((ROOT / "jobs").glob("*-h*.json"))  # hour and h200; tests/test_cud.py has others
 TOLD = ROOT / "docs" / "baselines.json"
 
 

@@ -103,7 +103,7 @@ def test_the_help_of_a_training_has_every_parameter(capsys):
             "classes": st.booleans(),
             "name": st.sampled_from(["a", "2026"]),
             "minutes": st.floats(0, 100),
-            "args": st.fixed_dictionaries({"aim": st.integers(0, 9), "rule": st.just("rule")}),
+            "args": st.fixed_dictionaries({"aim": st.integers(0, 9), "rule": st.just("origin")}),
         },
     )
 )
