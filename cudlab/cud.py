@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AIMABLE', 'sample_times', 'mean_lookahead', 'lookahead_states',
-           'aim_weights', 'NoiseEncoder', 'CUDOptions', 'CUD']  # fmt: skip
+           'valid_lookaheads', 'aim_weights', 'NoiseEncoder', 'check_heads',
+           'CUDOptions', 'CUD']  # fmt: skip
 
 # %% ../nbs/11_cud.ipynb #cf80f0ce
 import math
@@ -80,6 +81,22 @@ def lookahead_states(
     return [x - d * slope, x - d * (k1 + 4 * k2 + k3) / 3, x - d * (3 * k1 + 9 * k3) / 4]
 
 
+# %% ../nbs/11_cud.ipynb #fc7f2a3d
+def valid_lookaheads(
+    t: Tensor,  # times, (B,)
+    h: Tensor,  # look-aheads, (B,)
+    heads: int,  # 1, 2 or 3
+    mask: str,  # "head", or "all" as published
+    times: str,  # "continuous" or "discrete"
+    low: float,  # smallest time the network is asked at
+) -> list:
+    "Where the catch-up target of each head is used, (B,) each."  # 2305.10769
+    if mask == "all":
+        floor = 0 if times == "discrete" else low
+        return heads * [t - heads * h >= floor - 1e-6]
+    return [(t - j * h >= low - 1e-6) & (h > 0) for j in range(1, heads + 1)]
+
+
 # %% ../nbs/11_cud.ipynb #507bd97a
 def aim_weights(
     aim: float,  # number of Euler steps the velocity shall be best for
@@ -118,11 +135,27 @@ class NoiseEncoder(nn.Module):
         return noise, 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()  # 2305.10769
 
 
-# %% ../nbs/11_cud.ipynb #f6851e97
+# %% ../nbs/11_cud.ipynb #5c4be872
 # where the look-ahead is the same at all times, so that a ratio of weights suits a number of steps
 AIMABLE = {"rule": ("uniform", "origin"), "times": ("continuous",), "adaptive": (False,)}
 
 
+def check_heads(
+    options: Objective,  # of CUD
+) -> None:
+    "Raise a `ValueError` where `main_head` or `aim` does not go with the other options."
+    if options.main_head > options.heads:
+        raise ValueError(f"main_head = {options.main_head} is not one of heads = {options.heads}")
+    for key, allowed in AIMABLE.items() if options.aim else ():
+        value = getattr(options, key)
+        if value not in allowed:
+            raise ValueError(
+                f"aim = {options.aim:g} does not go with {key} = {value!r}, only with "
+                f"{' or '.join(map(repr, allowed))}; set w1 and w2 instead"
+            )
+
+
+# %% ../nbs/11_cud.ipynb #f6851e97
 @dataclass
 class CUDOptions(Objective):
     "What can be chosen about Catch-Up Distillation."
@@ -169,15 +202,7 @@ class CUDOptions(Objective):
             raise ValueError(f"TN = {self.TN} is not a whole number, which times=discrete needs")
         if self.adaptive and self.heads > 1:
             raise ValueError(f"adaptive = True is defined for one head; heads = {self.heads}")
-        if self.main_head > self.heads:
-            raise ValueError(f"main_head = {self.main_head} is not one of heads = {self.heads}")
-        for key, allowed in AIMABLE.items() if self.aim else ():
-            value = getattr(self, key)
-            if value not in allowed:
-                raise ValueError(
-                    f"aim = {self.aim:g} does not go with {key} = {value!r}, only with "
-                    f"{' or '.join(map(repr, allowed))}; set w1 and w2 instead"
-                )
+        check_heads(self)
         if self.aim == 0 and not self.adaptive and self.w1 + self.w2 == 0:
             raise ValueError("w1 = 0 and w2 = 0 leave nothing to learn; give one a positive weight")
 
@@ -191,9 +216,8 @@ class CUD(CUDOptions):
         return {"heads": self.heads}
 
     def extra_modules(self, shape: tuple) -> dict:
-        if not self.coupling:
-            return {}
-        return {"encoder": NoiseEncoder(shape, **getattr(self.net, "companion_options", {}))}
+        shared = getattr(self.net, "companion_options", {})
+        return {"encoder": NoiseEncoder(shape, **shared)} if self.coupling else {}
 
     def sampling(self) -> dict:
         return super().sampling() | {"head": self.main_head}
@@ -207,38 +231,25 @@ class CUD(CUDOptions):
             return aim_weights(self.aim, mean_lookahead(self.TN, self.rule), self.main_head)
         return self.w1, self.w2
 
-    @property
-    def low(self) -> float:
-        "The smallest time that the network is asked at."
-        return 1 / self.TN if self.times == "discrete" else self.t_min
-
-    def is_valid(self, t: Tensor, h: Tensor, j: int) -> Tensor:
-        "Whether the catch-up target of head j is used at times t with look-aheads h, (B,)."
-        if self.mask == "all":  # as published: a discrete look-ahead may be 0, and may end at t = 0
-            low = 0 if self.times == "discrete" else self.t_min
-            return t - h * self.heads >= low - 1e-6
-        return (t - h * j >= self.low - 1e-6) & (h > 0)
-
     @torch.no_grad()
     def targets(self, xt: Tensor, t: Tensor, h: Tensor, g: Tensor, k1: Tensor, y: Tensor) -> list:
         "The catch-up target of each head; the line's velocity g where that is not valid."
         source = self.ema["net"] if self.target == "ema" else self.net
         training = self.net.training
         self.net.train(training and self.target == "train")
+        low = 1 / self.TN if self.times == "discrete" else self.t_min
 
         def w(x, t):
-            return source(x, t.clamp(self.low, 1), y)
+            return source(x, t.clamp(low, 1), y)
 
         k1 = w(xt, t) if k1 is None else k1
         zs = lookahead_states(w, xt, t, h, k1, self.heads, self.tableau)
-        ts = [(t - (j + 1) * h).clamp(self.low, 1) for j in range(self.heads)]
+        ts = [(t - (j + 1) * h).clamp(low, 1) for j in range(self.heads)]
         ys = None if y is None else y.repeat(self.heads)
         found = source(torch.cat(zs), torch.cat(ts), ys).chunk(self.heads)
         self.net.train(training)
-        kept = []
-        for j, target in enumerate(found, 1):
-            kept.append(torch.where(append_dims(self.is_valid(t, h, j), g), target, g))
-        return kept
+        valid = valid_lookaheads(t, h, self.heads, self.mask, self.times, low)
+        return [torch.where(append_dims(ok, g), target, g) for ok, target in zip(valid, found)]
 
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
         "Both regressions of every head, and the encoder's KL where there is one."  # 2305.10769
