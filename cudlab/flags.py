@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, summary: str):
         super().__init__(
-            f"cudlab {command}",
+            f"cudlab {command}".rstrip(),
             description=summary,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,8 +6,8 @@
 __all__ = ['MEANING', 'LAB_MODULES', 'PROTOCOL_COLUMNS', 'SAMPLE_COLUMNS',
            'FORMATS', 'ExportOptions', 'Export', 'read_template', 'make_card',
            'write_json', 'write_card', 'write_onnx', 'write_torch', 'write_code',
-           'save_tensors', 'write_diffusers', 'write_run', 'write_hub',
-           'format_distance', 'score_row', 'score_table', 'hub_header',
+           'save_tensors', 'write_index', 'write_diffusers', 'write_run',
+           'write_hub', 'format_distance', 'score_row', 'score_table', 'hub_header',
            'write_readme', 'Format']  # fmt: skip
 
 # %% ../nbs/59_formats.ipynb #7b19ab47
@@ -217,7 +217,7 @@ def write_torch(export: Export, folder: Path) -> None:
 
 # %% ../nbs/59_formats.ipynb #1c0e8340
 LAB_MODULES = {
-    "pipeline": ("config", "path", "rng", "solver", "multistep"),
+    "pipeline": ("config", "path", "net", "rng", "solver", "multistep"),
     "model": ("config", "path", "net"),
 }
 
@@ -244,6 +244,18 @@ def save_tensors(
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
 
 
+# %% ../nbs/59_formats.ipynb #4d7bbc85
+def write_index(export: Export, folder: Path) -> None:
+    "model_index.json, which diffusers opens first, and card.json."
+    index = {
+        "_class_name": ["pipeline", "CudlabPipeline"],
+        "unet": ["model", "VelocityModel"],
+        "card": make_card(export),
+    }
+    write_json(folder / "model_index.json", index)
+    write_card(export, folder)
+
+
 # %% ../nbs/59_formats.ipynb #9b6bc637
 def write_diffusers(export: Export, folder: Path) -> None:
     "A diffusers folder with its own code: a pipeline, a model, and the lab's modules they need."
@@ -262,12 +274,7 @@ def write_diffusers(export: Export, folder: Path) -> None:
         "head": export.graph.head,
     }
     write_json(unet / "config.json", config)
-    index = {
-        "_class_name": ["pipeline", "CudlabPipeline"],
-        "unet": ["model", "VelocityModel"],
-        "card": make_card(export),
-    }
-    write_json(folder / "model_index.json", index)
+    write_index(export, folder)
     save_tensors(net, unet / "diffusion_pytorch_model.safetensors", "net.")
     (folder / "sample.py").write_text(read_template("sample_diffusers.py"))
 
@@ -398,7 +405,7 @@ class Format:
     is_run: bool = False  # opened by the lab, not by a program of its own
 
 
-# %% ../nbs/59_formats.ipynb #b31afe2d
+# %% ../nbs/59_formats.ipynb #c253f073
 FORMATS = {
     "onnx": Format(
         write_onnx,
@@ -407,7 +414,7 @@ FORMATS = {
         whats=("net", "sampler"),
     ),
     "torch-export": Format(write_torch, write_card, whats=("net", "sampler")),
-    "diffusers-folder": Format(write_diffusers, write_card, packages=("diffusers",)),
+    "diffusers-folder": Format(write_diffusers, write_index, packages=("diffusers",)),
     "hub-folder": Format(write_hub, write_readme, packages=("huggingface_hub",), is_run=True),
     "run": Format(write_run, None, is_run=True),
 }

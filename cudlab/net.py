@@ -57,10 +57,13 @@ class Condition(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor = None, r: Tensor = None) -> Tensor:
         "t (B,), y (B,) class indices or None, r (B,) where a jump from t ends; None = no jump."
-        z = self.map0(embed_time(t, self.features, self.scale))
+        dtype = (
+            self.map0.weight.dtype
+        )  # the features are float32, a network may be in half precision
+        z = self.map0(embed_time(t, self.features, self.scale).to(dtype))
         if self.second is not None:
             length = torch.zeros_like(t) if r is None else t - r
-            z = z + self.second(embed_time(length, self.features, self.scale))
+            z = z + self.second(embed_time(length, self.features, self.scale).to(dtype))
         z = self.map1(F.silu(z))
         if self.label is not None:
             if y is None:

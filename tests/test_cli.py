@@ -61,7 +61,10 @@ def test_a_run_from_the_shell(capsys, lab):
     code, out, _ = say(capsys, "verify", "mine")
     assert code == 0 and "files as saved" in out
     code, out, _ = say(capsys, "list")
-    assert code == 0 and out.startswith("mine ") and "digits-rf" in out
+    lines = out.splitlines()
+    assert code == 0 and lines[0].split() == "run method data step/of status made".split()
+    assert lines[1].startswith("mine ") and "\ndigits-rf " in out
+    assert lines[1].index("6/6") == lines[0].index("step/of") + 3
     path = Run.open("mine").checkpoint / "net.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     code, _, err = say(capsys, "verify", "mine")
@@ -233,6 +236,14 @@ def test_a_mistake_of_the_lab_is_not_hidden(monkeypatch):
     monkeypatch.setitem(COMMANDS, "list", (lambda argv: builtins.int("x" * argv), "broken"))
     with pytest.raises(TypeError):
         main(["list"])
+
+
+@pytest.mark.parametrize("words", [("cudlab.cli",), ("cudlab", "--"), ("cudlab.cli", "--")])
+def test_every_way_to_call_it_is_the_same_command(words):
+    "torchrun -m cudlab -- hands on the two dashes."
+    asked = [sys.executable, "-m", *words, "show", "nobody"]
+    ended = subprocess.run(asked, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: unknown run 'nobody'")
 
 
 def python(code: str) -> subprocess.CompletedProcess:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from cudlab.cli import main
 from cudlab.config import Config, error_of
 from cudlab.create import create_run
 from cudlab.export import export_run
-from cudlab.formats import FORMATS, Export, ExportOptions, make_card
+from cudlab.formats import FORMATS, Export, ExportOptions, make_card, read_template
 from cudlab.imports import load_foreign_weights
 from cudlab.recipe import apply_recipe, sampling_recipe
 from cudlab.rng import draw_noise
@@ -247,13 +248,23 @@ def test_a_learned_solver_is_drawn_by_torch(tmp_path):
     assert done.nfe == 5 and done.difference < 2e-5
 
 
-@pytest.mark.long
-def test_diffusers_pipeline_knows_the_solvers(exported, tmp_path):
+def read_tree(folder) -> dict:
+    "Every file of a folder by its path, JSON files as what they say."
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    read = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {name: json.loads(b) if name.endswith("json") else b for name, b in read.items()}
+
+
+def test_diffusers_pipeline_knows_solvers_labels_half_precision_and_how_to_save_itself(
+    exported, tmp_path
+):
+    "A process with diffusers and without the lab: six seconds."
     run, done = Run.open(CLASSES), exported("diffusers-folder", CLASSES)
     np.save(tmp_path / "noise.npy", draw_noise(2, torch.arange(4), run.shape).numpy())
     program = Path(__file__).with_name("sample_with_diffusers.py")
     words = ["-I", program, done.folder, tmp_path / "noise.npy", tmp_path / "made.npz"]
     env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    again = done.folder.with_name(f"{done.folder.name}-again")
     ended = subprocess.run(
         [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=env
     )
@@ -265,6 +276,33 @@ def test_diffusers_pipeline_knows_the_solvers(exported, tmp_path):
         ("label", {"steps": 2, "guidance": 1.5, "y": 3}),
     ):
         assert gap(made[key], run.solve(seed=2, index=4, device="cpu", **choices).x) < 2e-5, key
+    own = run.solve(seed=2, index=4, device="cpu", solver="rk45", guidance=2, y=1 + torch.arange(4))
+    assert gap(made["adaptive"], own.x) < 0.02  # rounding decides which steps it takes
+    assert np.array_equal(made["again"], made["plain"])
+    assert 0 < gap(made["torch.float16"], made["plain"]) < 0.03
+    assert 0 < gap(made["torch.bfloat16"], made["plain"]) < 0.3
+    before, after = read_tree(done.folder), read_tree(again)
+    assert before.keys() == after.keys() and before["card.json"] == after["card.json"]
+    code = [name for name in before if name.endswith(".py")]
+    assert len(code) == 12 and all(before[name] == after[name] for name in code)
+
+
+@pytest.mark.parametrize("what", ["net", "sampler"])
+def test_the_program_of_an_export_takes_noise_of_any_precision(what, tmp_path):
+    rows = [{"t": 1.0, "r": 1.0, "weights": [1.0]}, {"t": None, "weights": [1.0, -1.0]}]
+    card = {"what": what, "classes": ["a"], "recipe": rows, "sampling": {"guidance": 1}}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    (tmp_path / "sample.py").write_text(read_template("sample.py"))
+    space = runpy.run_path(str(tmp_path / "sample.py"))
+    asked = []
+
+    def net(x, y, **times):
+        asked.append({x.dtype, *(t.dtype for t in times.values())})
+        return x / 2
+
+    noise = np.random.default_rng(0).standard_normal((3, 2))
+    assert gap(space["sample"](net, noise), noise / 2) < 1e-6
+    assert asked == [{np.dtype("float32")}]
 
 
 # what is refused, and what is left behind

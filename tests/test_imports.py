@@ -226,11 +226,11 @@ def misfits(tensors):
     return {
         "lacks": (
             {k: v for k, v in tensors.items() if "qkv" not in k},
-            "it lacks dec.2x2_in0.qkv.weight, dec.2x2_in0.qkv.bias;",
+            "it lacks dec.2x2_in0.qkv.weight, dec.2x2_in0.qkv.bias",
         ),
         "extra": (
             tensors | {"model.enc.8x8_block7.conv0.weight": torch.zeros(1)},
-            "nothing takes its enc.8x8_block7.conv0.weight;",
+            "nothing takes its enc.8x8_block7.conv0.weight",
         ),
         "shape": (
             tensors | {"model.enc.8x8_conv.weight": torch.zeros(64, 1, 3, 3)},
@@ -244,6 +244,57 @@ def misfits(tensors):
             "it lacks condition.map0.weight, condition.map0.bias, condition.map1.weight and ",
         ),
     }
+
+
+WRAPPED = {
+    "ddp": "module.{}",
+    "compiled": "_orig_mod.{}",
+    "both": "_orig_mod.module.{}",
+    "inside": "model.{}",
+    "average": "ema_model.module.{}",
+    "pipeline": "unet.net.{}",
+}
+
+
+@pytest.mark.parametrize("pattern", WRAPPED.values(), ids=list(WRAPPED))
+@pytest.mark.parametrize("kind", ["lab", "edm"])
+def test_the_words_of_wrappers_are_taken_off(digits, pattern, kind):
+    _, tensors, net = digits
+    load_foreign_weights(tensors, net)
+    names = {"lab": net.state_dict(), "edm": {k[len("model.") :]: v for k, v in tensors.items()}}
+    wrapped = {pattern.format(k): v for k, v in names[kind].items()}
+    fresh = NETS["digits"]((1, 8, 8))
+    assert load_foreign_weights(wrapped | {"n_averaged": torch.tensor(7)}, fresh) == kind
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in fresh.state_dict().items())
+
+
+def test_a_layer_that_was_compiled_alone_is_found_too(digits):
+    net = digits[2]
+    names = {k.replace("down.", "down._orig_mod."): v for k, v in net.state_dict().items()}
+    assert names.keys() != net.state_dict().keys() and load_foreign_weights(names, net) == "lab"
+
+
+def test_a_file_of_two_networks_is_not_guessed_at(digits):
+    net = digits[2]
+    both = {f"{p}{k}": v for p in ("model.", "ema_model.") for k, v in net.state_dict().items()}
+    said = "the file holds 2 networks, ema_model and model; keep the tensors of one"
+    assert error_of(load_foreign_weights, both, net) == said
+    twice = {f"{p}{k}": v for p in ("module.", "") for k, v in net.state_dict().items()}
+    assert "twice, with and without a wrapper" in error_of(load_foreign_weights, twice, net)
+
+
+def test_names_that_differ_are_told_apart_from_shapes_that_do(digits):
+    net, own = digits[2], digits[2].state_dict()
+    renamed = {k.replace("condition.", "cond."): v for k, v in own.items()}
+    said = error_of(load_foreign_weights, renamed, net)
+    assert (
+        "it lacks condition.map0.weight, condition.map0.bias, condition.map1.weight and 1 " in said
+    )
+    assert "nothing takes its cond.map0.weight, cond.map0.bias, cond.map1.weight and 1 " in said
+    assert "net=" not in said
+    said = error_of(load_foreign_weights, own, NETS["digits"]((3, 8, 8)))
+    assert "first.weight (32, 1, 3, 3) instead of (32, 3, 3, 3)" in said
+    assert said.endswith("; the names fit, so another net= or data= may")
 
 
 def test_weights_that_do_not_fit_change_nothing(digits, tmp_path, runs_path):

@@ -5,13 +5,15 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import end_processes, run_processes, sample_run, start_processes
 
 from cudlab.config import CorruptData, error_of
 from cudlab.run import Run
-from cudlab.sample import SampleOptions, read_samples, write_samples
+from cudlab.sample import SampleOptions, read_samples, tile_samples, write_samples
 
 WAY = dict(n=32, per_part=16, steps=2)
 
@@ -76,7 +78,8 @@ def test_a_run_is_sampled_its_own_way_unless_told():
 @pytest.mark.parametrize(
     "name, asked, said",
     [
-        ("digits-rf", dict(n=3), "n = 3 is out of range"),
+        ("digits-rf", dict(n=-1), "n = -1 is out of range"),
+        ("checkerboard-cud-aim4", dict(png=True), "draws points, not pictures"),
         ("digits-rf", dict(setps=3), "did you mean 'steps'"),
         ("digits-boot", dict(steps=3), "steps = '3' is not possible"),
         ("digits-rf", dict(solver="eular"), "eular"),
@@ -109,3 +112,68 @@ def test_a_folder_of_other_samples_and_a_broken_part(tmp_path):
         read_samples(folder)
     (folder / "index.json").write_text(json.dumps({"n": 1}))
     assert "name another folder" in error_of(list, write_samples(run, folder, **WAY))
+
+
+def test_any_number_of_samples_down_to_one(tmp_path):
+    run = Run.open("digits-rf")
+    for n in (1, 3):
+        list(write_samples(run, tmp_path / str(n), n=n, steps=2))
+        x, _, about = read_samples(tmp_path / str(n))
+        assert len(x) == about["n"] == n
+    assert SampleOptions(out="a").to_sampling(run).n == 5000
+    assert SampleOptions(out="a.png").to_sampling(run).n == 64
+
+
+def read_png(path) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(Image.open(path)).copy())
+
+
+def test_a_sheet_shows_the_samples_of_the_folder_and_says_what_they_are(tmp_path):
+    run = Run.open("digits-rf")
+    list(write_samples(run, tmp_path / "set", n=7, per_part=4, steps=2, png=True))
+    (event,) = write_samples(run, tmp_path / "sheet.png", n=7, per_part=3, steps=2)
+    assert str(event).startswith("7 samples of digits-rf, euler with 2 steps, seed 0, on ")
+    x = read_samples(tmp_path / "set")[0][:, 0].int()
+    sheet = read_png(tmp_path / "sheet.png").int()
+    assert sheet.shape == (3 * 66 - 2, 3 * 66 - 2)
+    for k in range(9):
+        top, left = 66 * (k // 3), 66 * (k % 3)
+        cell = sheet[top : top + 64, left : left + 64]
+        want = x[k].repeat_interleave(8, 0).repeat_interleave(8, 1) if k < 7 else 255
+        assert (cell - want).abs().max() <= 1
+    assert json.loads(Image.open(tmp_path / "sheet.png").text["cudlab"])["steps"] == 2
+    pictures = sorted((tmp_path / "set" / "pictures").iterdir())
+    assert [path.name for path in pictures] == [f"{k:06d}.png" for k in range(7)]
+    assert torch.equal(torch.stack([read_png(path) for path in pictures]).int(), x)
+
+
+def test_pictures_that_are_missing_are_added_to_a_folder(tmp_path):
+    run, folder = Run.open("digits-rf"), tmp_path / "set"
+    list(write_samples(run, folder, **WAY))
+    list(write_samples(run, folder, png=True, **WAY))
+    first = folder / "pictures" / "000000.png"
+    before = first.read_bytes()
+    first.unlink()
+    events = list(write_samples(run, folder, png=True, **WAY))
+    assert first.read_bytes() == before and not any(event.new for event in events)
+
+
+def test_tiles_keep_colours_and_the_order_of_rows():
+    x = torch.arange(6 * 3 * 80 * 80).remainder(251).to(torch.uint8).view(6, 3, 80, 80)
+    sheet = tile_samples(x)
+    assert sheet.shape == (3, 2 * 82 - 2, 3 * 82 - 2)
+    assert torch.equal(sheet[:, 82:, 82:162], x[4]) and (sheet[:, 80:82] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "name, n, said",
+    [
+        ("checkerboard-cud-aim4", 4, "draws points, not pictures"),
+        ("digits-rf", 10_001, "at most 10,000"),
+        ("digits-rf", 4, "is not a file in a folder that is there"),
+    ],
+)
+def test_a_sheet_that_cannot_be_is_refused_before_anything_is_sampled(tmp_path, name, n, said):
+    out = tmp_path / "nowhere" / "a.png"
+    assert said in error_of(list, write_samples(Run.open(name), out, n=n))
+    assert not list(tmp_path.iterdir())

@@ -2,15 +2,40 @@
 DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 """
 
+import json
+import shutil
+from pathlib import Path
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 # diffusers brings along only the files that are imported here
 from .config import lookup
 from .multistep import SOLVERS, iterate
+from .net import Velocity
 from .path import PATHS, append_dims, make_grid
 from .rng import Rng  # noqa: F401
+from .sample import main  # noqa: F401
 from .solver import NFECounter  # noqa: F401
+
+FILES = ("pipeline", "sample", "config", "multistep", "net", "path", "rng", "solver")
+NAMES = {"_class_name": ["pipeline", "CudlabPipeline"], "unet": ["model", "VelocityModel"]}
+
+
+def find_batch_size(batch_size, generator, class_labels, latents) -> int:
+    "How many samples are wanted: all that say so must agree; 1 where nothing does."
+    said = {
+        "batch_size": batch_size,
+        "generator": len(generator) if isinstance(generator, list) else None,
+        "class_labels": len(class_labels) if class_labels is not None else None,
+        "latents": len(latents) if latents is not None else None,
+    }
+    said = {name: size for name, size in said.items() if size is not None}
+    if len(set(said.values())) > 1:
+        sizes = ", ".join(f"{name}: {size}" for name, size in said.items())
+        raise ValueError(f"how many samples? {sizes}; leave out what the others say")
+    return next(iter(said.values()), 1)
 
 
 class CudlabPipeline(DiffusionPipeline):
@@ -21,23 +46,23 @@ class CudlabPipeline(DiffusionPipeline):
         self.register_modules(unet=unet)
         self.register_to_config(card=card)
 
-    def guided_velocity(
-        self,
-        y,  # labels, (B,) or None
-        scale,  # guidance; 1 is the conditional velocity
-    ):
-        "The network as velocity(x, t[, r]) for these labels."
+    def read_labels(self, class_labels, batch_size):
+        "Labels as a tensor (B,) on the network's device, or None; one number is for all samples."
+        if class_labels is None:
+            return None
         classes = len(self.config.card["classes"])
+        y = torch.as_tensor(class_labels).to(self.device, torch.long).expand(batch_size)
+        if y.min() < 0 or y.max() > classes or not classes:
+            known = f"0 to {classes - 1}, and {classes} for no class" if classes else "none"
+            raise ValueError(
+                f"class_labels from {y.min()} to {y.max()}: this network knows {known}"
+            )
+        return y
 
-        def velocity(x, t, *end):
-            v = self.unet(x, t, y, *end)
-            if y is None or scale == 1:
-                return v
-            free = self.unet(x, t, torch.full_like(y, classes), *end)
-            return free + scale * (v - free)
-
-        velocity.is_flow_map = self.unet.config.times == 2
-        return velocity
+    def draw_noise(self, batch_size, generator):
+        "Standard normal noise, (B, *S); in float32, as all numbers but the network's own."
+        shape = (batch_size, *self.config.card["shape"])
+        return randn_tensor(shape, generator, self.device, torch.float32)
 
     def follow_recipe(self, velocity, noise):
         "The samples of the card's recipe: weighted sums of noise and velocities, a call for each."
@@ -78,27 +103,39 @@ class CudlabPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size=1,  # number of samples
+        batch_size=None,  # number of samples; None = as many as the others say, or 1
         num_inference_steps=None,  # solver steps; None = as in the card
         solver=None,  # a name in SOLVERS; None = as in the card
         grid="uniform",  # a name in GRIDS, where steps or a solver are given
-        class_labels=None,  # (B,) or None
+        class_labels=None,  # (B,), one for all, or None
         guidance_scale=None,  # 1 = the conditional velocity; None = as in the card
-        generator=None,  # torch.Generator, where no noise is given
+        generator=None,  # torch.Generator, or a list of one for each sample; without latents
         latents=None,  # standard normal noise (B, *S)
         output_type="pil",  # "pil", "np" or "pt" in [0, 1], or "latent": as they are, in [-1, 1]
         return_dict=True,
     ):
-        card = self.config.card
+        labels = None if isinstance(class_labels, int) else class_labels
+        batch_size = find_batch_size(batch_size, generator, labels, latents)
+        y = self.read_labels(class_labels, batch_size)
         if latents is None:
-            latents = torch.randn(batch_size, *card["shape"], generator=generator)
+            latents = self.draw_noise(batch_size, generator)
         noise = latents.to(self.device, torch.float32)
-        scale = card["sampling"]["guidance"] if guidance_scale is None else guidance_scale
-        y = None if class_labels is None else torch.as_tensor(class_labels, device=noise.device)
-        velocity = self.guided_velocity(y, scale)
+        scale = self.config.card["sampling"]["guidance"]
+        scale = scale if guidance_scale is None else guidance_scale
+        velocity = Velocity(self.unet, y, guidance=scale)
         if num_inference_steps is None and solver is None:
             x = self.follow_recipe(velocity, noise)
         else:
             x = self.solve(velocity, noise, solver, num_inference_steps, grid)
         images = self.to_images(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        "The folder once more, with the code and the card that it needs."
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        for name in FILES:
+            shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | NAMES, indent=1))
+        (folder / "card.json").write_text(json.dumps(self.config.card, indent=1))

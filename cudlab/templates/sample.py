@@ -47,6 +47,7 @@ def weigh(weights, known):
 
 def sample(net, noise, labels=None):
     "Samples in [-1, 1] of standard normal noise (B, *shape), with labels (B,) or without."
+    noise = np.asarray(noise, np.float32)
     no_class = np.full(len(noise), len(CARD["classes"]))
     y = no_class if labels is None else np.asarray(labels, np.int64)
     if CARD["what"] == "sampler":

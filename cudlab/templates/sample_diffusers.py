@@ -16,7 +16,9 @@ def main(out, noise_file=None, labels_file=None):
     )
     folder = Path(__file__).resolve().parent
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    np.save(out, pipe(16, latents=noise, class_labels=labels, output_type="latent").images)
+    count = 16 if noise is None and labels is None else None
+    choices = {"latents": noise, "class_labels": labels, "output_type": "latent"}
+    np.save(out, pipe(count, **choices).images)
 
 
 if __name__ == "__main__":
