@@ -432,6 +432,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cudlab.formats.format_distance': ('formats.html#format_distance', 'cudlab/formats.py'),
                                 'cudlab.formats.hub_header': ('formats.html#hub_header', 'cudlab/formats.py'),
                                 'cudlab.formats.make_card': ('formats.html#make_card', 'cudlab/formats.py'),
+                                'cudlab.formats.read_module': ('formats.html#read_module', 'cudlab/formats.py'),
                                 'cudlab.formats.read_template': ('formats.html#read_template', 'cudlab/formats.py'),
                                 'cudlab.formats.save_tensors': ('formats.html#save_tensors', 'cudlab/formats.py'),
                                 'cudlab.formats.score_row': ('formats.html#score_row', 'cudlab/formats.py'),

@@ -57,9 +57,7 @@ class Condition(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor = None, r: Tensor = None) -> Tensor:
         "t (B,), y (B,) class indices or None, r (B,) where a jump from t ends; None = no jump."
-        dtype = (
-            self.map0.weight.dtype
-        )  # the features are float32, a network may be in half precision
+        dtype = self.map0.weight.dtype  # a network may be in half precision
         z = self.map0(embed_time(t, self.features, self.scale).to(dtype))
         if self.second is not None:
             length = torch.zeros_like(t) if r is None else t - r

@@ -284,7 +284,7 @@ def test_diffusers_pipeline_knows_solvers_labels_half_precision_and_how_to_save_
     before, after = read_tree(done.folder), read_tree(again)
     assert before.keys() == after.keys() and before["card.json"] == after["card.json"]
     code = [name for name in before if name.endswith(".py")]
-    assert len(code) == 12 and all(before[name] == after[name] for name in code)
+    assert len(code) >= 12 and all(before[name] == after[name] for name in code)
 
 
 @pytest.mark.parametrize("what", ["net", "sampler"])

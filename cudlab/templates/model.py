@@ -1,17 +1,13 @@
 """The lab's velocity network as a diffusers model."""
 
-import shutil
-from pathlib import Path
-
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 # diffusers brings along only the files that are imported here
+from .bundle import copy_code
 from .config import lookup  # noqa: F401
 from .net import make_network
 from .path import append_dims  # noqa: F401
-
-FILES = ("model", "config", "net", "path")
 
 
 class VelocityModel(ModelMixin, ConfigMixin):
@@ -41,6 +37,4 @@ class VelocityModel(ModelMixin, ConfigMixin):
     def save_pretrained(self, save_directory, *args, **kwargs):
         "Weights and configuration, and the code that they need."
         super().save_pretrained(save_directory, *args, **kwargs)
-        for name in FILES:
-            source = Path(__file__).with_name(f"{name}.py")
-            shutil.copyfile(source, Path(save_directory) / f"{name}.py")
+        copy_code(__file__, save_directory)

@@ -3,14 +3,14 @@ DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-# diffusers brings along only the files that are imported here
+# diffusers brings along only the files that are imported in this one
+from .bundle import copy_code
 from .config import lookup
 from .multistep import SOLVERS, iterate
 from .net import Velocity
@@ -18,8 +18,8 @@ from .path import PATHS, append_dims, make_grid
 from .rng import Rng  # noqa: F401
 from .sample import main  # noqa: F401
 from .solver import NFECounter  # noqa: F401
+from .step import linear_step  # noqa: F401
 
-FILES = ("pipeline", "sample", "config", "multistep", "net", "path", "rng", "solver")
 NAMES = {"_class_name": ["pipeline", "CudlabPipeline"], "unet": ["model", "VelocityModel"]}
 
 
@@ -134,8 +134,7 @@ class CudlabPipeline(DiffusionPipeline):
         "The folder once more, with the code and the card that it needs."
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
-        for name in FILES:
-            shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+        copy_code(__file__, folder)
         index = json.loads((folder / "model_index.json").read_text())
         (folder / "model_index.json").write_text(json.dumps(index | NAMES, indent=1))
         (folder / "card.json").write_text(json.dumps(self.config.card, indent=1))
