@@ -78,7 +78,7 @@ class BOOTOptions(Student):
         high=1,
     )
     times: str = option(
-        "continuous", "t in (0, 1] or on the grid of delta", choices=("continuous", "discrete")
+        "continuous", "s in [0, 1) or on the grid of delta", choices=("continuous", "discrete")
     )
 
     one_step = True
@@ -88,11 +88,12 @@ class BOOTOptions(Student):
         opened = 1.0
         if self.curriculum:
             opened = min(1.0, (rng.step + 1) / (self.curriculum * self.steps))
-        t = 1 - opened * rng.uniform("t", n)
+        below = opened * rng.uniform("t", n)
         if self.times == "discrete":
-            t = 1 - self.delta * torch.floor((1 - t) / self.delta)
-        t = t.clamp_min(1e-3)
-        return t, (t - self.delta).clamp_min(0)
+            t = (1 - self.delta * torch.floor(below / self.delta)).clamp_min(1e-3)
+            return t, (t - self.delta).clamp_min(0)
+        s = (1 - below).clamp_max(1 - 1e-3)
+        return (s + self.delta).clamp_max(1), s
 
 
 # %% ../nbs/13_boot.ipynb #e8a41a28

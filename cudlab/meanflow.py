@@ -55,6 +55,7 @@ def sample_ends(
     first: tuple,  # mean and standard deviation of the first draw's logit
     second: tuple,  # the same of the second draw
     t_min: float,  # smallest t
+    ends: str = "min",  # r is the smaller of t and the second draw; "swap": t is the larger, too
 ) -> tuple:
     "Start t and end r <= t of each jump, both (n,)."
 
@@ -67,8 +68,10 @@ def sample_ends(
 
     t = draw("t", n, *first)
     other = draw("r", k, *second)
-    later, earlier = torch.maximum(t[:k], other), torch.minimum(t[:k], other)
-    return torch.cat([later, t[k:]]), torch.cat([earlier, t[k:]])
+    r = torch.cat([torch.minimum(t[:k], other), t[k:]])
+    if ends == "swap":
+        t = torch.cat([torch.maximum(t[:k], other), t[k:]])
+    return t, r
 
 
 # %% ../nbs/19_meanflow.ipynb #ef2cfadc
@@ -81,11 +84,14 @@ class MeanFlowOptions(FlowMap):
     )
     power: float = option(
         0.75,
-        "power p of the weight (mean square + c)^-p of a sample; 0 = plain regression",
+        "power p of the weight (squared error + c)^-p of a sample; 0 = plain regression",
         low=0,
         high=2,
     )
     floor: float = option(1e-3, "c in the weight", above=0)
+    error: str = option(
+        "sum", "squared error of a sample: sum or mean over its pixels", choices=("sum", "mean")
+    )
     h: float = option(
         0.02,
         "half width of the difference quotient for dU/dt; 0 = forward-mode differentiation, as "
@@ -95,6 +101,11 @@ class MeanFlowOptions(FlowMap):
     )
     times: str = option(
         "logitnormal", "distribution of the ends of a jump", choices=("logitnormal", "uniform")
+    )
+    ends: str = option(
+        "min",
+        "r is the smaller of t and a second draw; swap: and t the larger, so that every pair jumps",
+        choices=("min", "swap"),
     )
     mean_t: float = option(-0.6, "logit-normal times: mean of the first draw")
     std_t: float = option(1.6, "logit-normal times: standard deviation of the first draw", above=0)
@@ -136,7 +147,7 @@ class MeanFlow(MeanFlowOptions):
         k = rng.first(n, round(self.share * (rng.total or n)))
         eps = rng.normal("eps", n, x0.shape[1:])
         first, second = (self.mean_t, self.std_t), (self.mean_r, self.std_r)
-        t, r = sample_ends(rng, n, k, self.times, first, second, self.t_min)
+        t, r = sample_ends(rng, n, k, self.times, first, second, self.t_min, self.ends)
         xt, goal = self.path(x0, eps, t)
         out = self.net(xt, t, y, r)
         # after the forward: under autocast a weight cast without gradients must not be the one kept
@@ -145,5 +156,7 @@ class MeanFlow(MeanFlowOptions):
             jumps = self.targets(xt[:k], goal[:k], t[:k], r[:k], labels)
             goal = torch.cat([jumps, goal[k:]])
         error = (out - goal).square()
-        weight = (error.detach().flatten(1).mean(1) + self.floor) ** -self.power
-        return {"net": (append_dims(weight, error) * error).mean()}
+        pixels = error[0].numel() if self.error == "sum" else 1
+        size = pixels * error.detach().flatten(1).mean(1)
+        weight = (size + self.floor) ** -self.power
+        return {"net": pixels * (append_dims(weight, error) * error).mean()}

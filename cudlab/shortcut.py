@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['sample_jumps', 'ShortcutOptions', 'Shortcut']  # fmt: skip
 
-# %% ../nbs/18_shortcut.ipynb #2d5b9f42
+# %% ../nbs/18_shortcut.ipynb #0b743f10
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class ShortcutOptions(FlowMap):
     "What can be chosen about shortcut models."
 
     share: float = option(
-        0.25,
+        0.125,
         "share of the batch that learns jumps; the rest learns the velocity they are made of",
         low=0,
         high=0.9,
@@ -48,9 +49,11 @@ class ShortcutOptions(FlowMap):
         low=2,
         high=4096,
     )
-    cap: float = option(4.0, "targets of jumps are cut to [-cap, cap]; 0 = not cut", low=0)
+    cap: float = option(
+        4.0, "targets and half-way states of jumps are cut to [-cap, cap]; 0 = not cut", low=0
+    )
     target: str = option(
-        "live", "weights of the target: live, or their average", choices=("live", "ema")
+        "ema", "weights of the target: live, or their average", choices=("live", "ema")
     )
     times: str = option(
         "uniform", "distribution of the velocity's times", choices=("uniform", "logitnormal")
@@ -84,11 +87,12 @@ class Shortcut(ShortcutOptions):
         net.eval()
         d = jump / 2
         told = torch.where(d * self.finest > 1, d, 0)  # the finest is taken with the velocity
+        cap = self.cap or math.inf
         first = net(xt, t, y, t - told)
-        second = net(xt - append_dims(d, xt) * first, t - d, y, t - d - told)
+        halfway = (xt - append_dims(d, xt) * first).clamp(-cap, cap)
+        second = net(halfway, t - d, y, t - d - told)
         net.train(training)
-        mean = (first + second) / 2
-        return mean.clamp(-self.cap, self.cap) if self.cap else mean
+        return ((first + second) / 2).clamp(-cap, cap)
 
     def __call__(self, x0: Tensor, y: Tensor, rng: Rng) -> dict:
         "One regression over the whole batch: jumps first, then velocities."
