@@ -118,6 +118,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'cudlab/consistency.py'),
                                     'cudlab.consistency.ConsistencyOptions.supervision': ( 'consistency.html#consistencyoptions.supervision',
                                                                                            'cudlab/consistency.py'),
+                                    'cudlab.consistency.PairOptions': ('consistency.html#pairoptions', 'cudlab/consistency.py'),
                                     'cudlab.consistency.find_neighbour': ('consistency.html#find_neighbour', 'cudlab/consistency.py'),
                                     'cudlab.consistency.loss_weight': ('consistency.html#loss_weight', 'cudlab/consistency.py'),
                                     'cudlab.consistency.measure_distance': ('consistency.html#measure_distance', 'cudlab/consistency.py'),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'SIGMA_MAX', 'AUTO', 'stage_times', 'find_neighbour',
-           'pair_times', 'measure_distance', 'loss_weight', 'ConsistencyOptions',
-           'Consistency']  # fmt: skip
+           'pair_times', 'measure_distance', 'loss_weight', 'PairOptions',
+           'ConsistencyOptions', 'Consistency']  # fmt: skip
 
-# %% ../nbs/17_consistency.ipynb #be4e768d
+# %% ../nbs/17_consistency.ipynb #0023ef84
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,16 +96,10 @@ def loss_weight(
     return torch.ones_like(t)
 
 
-# %% ../nbs/17_consistency.ipynb #5e748d3a
-AUTO = {
-    "distill": {"loss": "huber", "weight": "plain"},
-    "train": {"loss": "norm", "weight": "sigma"},
-}
-
-
+# %% ../nbs/17_consistency.ipynb #bb7e0cea
 @dataclass
-class ConsistencyOptions(Student):
-    "What can be chosen about consistency models."
+class PairOptions(Student):
+    "Which two points of a trajectory are compared."
 
     teacher: str = option(
         "digits-rf",
@@ -114,28 +109,6 @@ class ConsistencyOptions(Student):
         "distill",
         "neighbours along a step of the teacher, or along the line of data and noise",
         choices=("distill", "train"),
-    )
-    target: str = option(
-        "live",
-        "weights of the target: the network in training, or the average",
-        choices=("live", "ema"),
-    )
-    loss: str = option(
-        "auto",
-        "pseudo-Huber, square, or norm; auto: huber to distill, norm to train (ECT)",
-        choices=("auto", "huber", "square", "norm"),
-    )
-    c: float = option(
-        0.00054,
-        "where Huber turns from square to norm: a root mean square over elements, as iCT's",
-        low=0,
-        high=100,
-    )
-    weight: str = option(
-        "auto",
-        "1, 1/sd^2 + 1/sigma^2 (EDM), 1/(t - s), or 1/(sigma - r); auto: plain to distill, sigma "
-        "to train (ECT)",
-        choices=("auto", "plain", "edm", "gap", "sigma"),
     )
     intervals: int = option(18, "distill: intervals of the grid", low=2, high=1000)
     grid: str = option(
@@ -153,6 +126,41 @@ class ConsistencyOptions(Student):
         2.0, "train: each stage divides the gap to the target by q", above=1, high=1024
     )
     rises: int = option(8, "train: how often the stage rises over the training", low=0, high=64)
+
+
+# %% ../nbs/17_consistency.ipynb #5e748d3a
+AUTO = {
+    "distill": {"loss": "square", "weight": "plain"},
+    "train": {"loss": "norm", "weight": "sigma"},
+}
+
+
+@dataclass
+class ConsistencyOptions(PairOptions):
+    "What can be chosen about consistency models."
+
+    target: str = option(
+        "live",
+        "weights of the target: the network in training, or the average",
+        choices=("live", "ema"),
+    )
+    loss: str = option(
+        "auto",
+        "pseudo-Huber, square, or norm; auto: square to distill, norm to train (ECT)",
+        choices=("auto", "huber", "square", "norm"),
+    )
+    c: float = option(
+        0.00054,
+        "where Huber turns from square to norm: a root mean square over elements, as iCT's",
+        low=0,
+        high=100,
+    )
+    weight: str = option(
+        "auto",
+        "1, 1/sd^2 + 1/sigma^2 (EDM), 1/(t - s), or 1/(sigma - r); auto: plain to distill, sigma "
+        "to train (ECT)",
+        choices=("auto", "plain", "edm", "gap", "sigma"),
+    )
     spread: float = option(
         0.5, "standard deviation of the data, for weight = edm", above=0, high=100
     )
@@ -219,8 +227,11 @@ class Consistency(ConsistencyOptions):
         "The distance of the two ends, the one nearer to the data held fixed."
         xt, t, xs, s = self.pair(x0, y, rng)
         mask = rng.start + Rng(rng.seed, rng.step).integers("dropout", 1, 2**40).item()
-        with torch.no_grad():
-            target = self.end(self.ema["net"] if self.target == "ema" else self.net, xs, s, y, mask)
-        gap = self.end(self.net, xt, t, y, mask) - target
+        near = self.ema["net"] if self.target == "ema" else self.net
+        exact = torch.autocast(x0.device.type, enabled=False)
+        with exact if self.kind == "train" else contextlib.nullcontext():
+            with torch.no_grad():
+                target = self.end(near, xs, s, y, mask)
+            gap = self.end(self.net, xt, t, y, mask) - target
         distance = measure_distance(gap, self.settle("loss"), self.c)
         return {"net": (loss_weight(self.settle("weight"), t, s, self.spread) * distance).mean()}
