@@ -320,7 +320,11 @@ def test_a_killed_worker_costs_nothing_and_a_second_time_there_is_nothing_to_do(
     assert len(list(run_sweep(sweep))) == 1
 
 
-def test_a_foreign_client_cannot_command_the_cluster(lab):
+def test_a_foreign_client_cannot_command_the_cluster_which_needs_no_proxy(lab, monkeypatch):
+    for kind in ("http", "https", "all"):
+        monkeypatch.setenv(f"{kind}_proxy", "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
     distributed = pytest.importorskip("distributed")
     pytest.importorskip("cryptography")
     import psutil
