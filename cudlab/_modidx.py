@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'cudlab.distances.check_features': ('distances.html#check_features', 'cudlab/distances.py'),
                                   'cudlab.distances.check_pair': ('distances.html#check_pair', 'cudlab/distances.py'),
                                   'cudlab.distances.covariance_matrix': ('distances.html#covariance_matrix', 'cudlab/distances.py'),
+                                  'cudlab.distances.cubic_kernel': ('distances.html#cubic_kernel', 'cudlab/distances.py'),
                                   'cudlab.distances.density_coverage': ('distances.html#density_coverage', 'cudlab/distances.py'),
                                   'cudlab.distances.fit_gaussian': ('distances.html#fit_gaussian', 'cudlab/distances.py'),
                                   'cudlab.distances.frechet_distance': ('distances.html#frechet_distance', 'cudlab/distances.py'),

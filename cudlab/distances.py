@@ -7,11 +7,11 @@ __all__ = ['MOST_ROWS', 'FEW_ROWS', 'T_QUANTILES', 'check_features', 'Reference'
            'check_pair', 'gram_matrix', 'covariance_matrix', 'fit_gaussian',
            'gaussian_frechet', 'frechet_distance', 't_quantile',
            'jackknife_interval', 'Moments', 'sum_moments', 'frechet_jackknife',
-           'mean_over_parts', 'frechet_limit', 'kernel_weights', 'kernel_sums',
-           'kernel_self', 'kernel_distance', 'knn_radii', 'share_inside',
-           'precision_recall', 'density_coverage', 'quantile_profiles',
-           'sliced_wasserstein', 'nearest_neighbours', 'memorization_rate',
-           'mean_interval']  # fmt: skip
+           'mean_over_parts', 'frechet_limit', 'kernel_weights', 'cubic_kernel',
+           'kernel_sums', 'kernel_self', 'kernel_distance', 'knn_radii',
+           'share_inside', 'precision_recall', 'density_coverage',
+           'quantile_profiles', 'sliced_wasserstein', 'nearest_neighbours',
+           'memorization_rate', 'mean_interval']  # fmt: skip
 
 # %% ../nbs/40_distances.ipynb #715f1173
 import functools
@@ -281,38 +281,46 @@ def kernel_weights(
     return torch.cat([torch.ones(len(f), 1).to(f), -uniform.log()], 1)
 
 
+# %% ../nbs/40_distances.ipynb #82c2bad9
+def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:  # (n, dim), (m, dim) -> (n, m)
+    "The cubic kernel of all pairs."
+    product = (a @ b.T).div_(a.shape[1]).add_(1)
+    return product * product * product
+
+
 # %% ../nbs/40_distances.ipynb #3b8d2904
 def kernel_sums(
     a: Tensor,  # features, (n, dim)
     b: Tensor,  # features, (m, dim)
     u: Tensor,  # weights of a, one column per resampling, (n, R)
     w: Tensor,  # weights of b, (m, R)
+    centre: Tensor,  # what the kernel is taken about, (1, dim)
 ) -> Tensor:
     """Weighted means of the cubic kernel over all pairs, (R,); if b is a, each pair once and none
     with itself.
     """
     same = b is a
+    alone_a = cubic_kernel(a, centre)
+    alone_b = cubic_kernel(centre, b) - cubic_kernel(centre, centre)
     total = torch.zeros(u.shape[1], dtype=a.dtype, device=a.device)
     for at in range(0, len(a), FEW_ROWS):
         rows = slice(at, at + FEW_ROWS)
         skip = at if same else 0
-        kernel = (a[rows] @ b[skip:].T).div_(a.shape[1]).add_(1)
-        kernel = kernel * kernel * kernel
+        kernel = cubic_kernel(a[rows], b[skip:]).sub_(alone_a[rows]).sub_(alone_b[:, skip:])
         if same:
             kernel = 2 * kernel.triu_(1)
-        value = kernel @ w[skip:, :1]
-        resampled = (kernel.float() @ w[skip:, 1:].float()).double()  # float32 is enough here
-        total += (u[rows] * torch.cat([value, resampled], 1)).sum(0)
+        total += (u[rows] * (kernel @ w[skip:])).sum(0)
     weight = u.sum(0) * w.sum(0)
     return total / (weight - (u * w).sum(0) if same else weight)
 
 
 # %% ../nbs/40_distances.ipynb #3b7e1375
 def kernel_self(f: Tensor, resamples: int) -> tuple:  # (m, dim)
-    "What the kernel distance needs of the data alone: (weights, means over its own pairs)."
+    "What the kernel distance needs of the data alone: (weights, mean, means over its own pairs)."
     f = f[:MOST_ROWS]
+    centre = f.mean(0, keepdim=True)
     w = kernel_weights(f, "b", resamples)
-    return w, kernel_sums(f, f, w, w)
+    return w, centre, kernel_sums(f, f, w, w, centre)
 
 
 # %% ../nbs/40_distances.ipynb #b1424754
@@ -326,8 +334,9 @@ def kernel_distance(
     a, b = check_pair(a, b, 3)
     a = a[:MOST_ROWS]
     u = kernel_weights(a, "a", resamples)
-    w, within = b.cached(kernel_self, resamples)
-    values = kernel_sums(a, a, u, u) + within - 2 * kernel_sums(a, b.f[:MOST_ROWS], u, w)
+    w, centre, within = b.cached(kernel_self, resamples)
+    between = kernel_sums(a, b.f[:MOST_ROWS], u, w, centre)
+    values = kernel_sums(a, a, u, u, centre) + within - 2 * between
     low, high = values[1:].quantile(torch.tensor([0.025, 0.975]).to(values)).tolist()
     return values[0].item(), low, high
 
@@ -335,7 +344,7 @@ def kernel_distance(
 # %% ../nbs/40_distances.ipynb #a0723bcc
 def knn_radii(members: Tensor, k: int) -> Tensor:  # (m, dim) -> (m,)
     "Distance of each member to its k-th neighbour."
-    f = members[:MOST_ROWS].float()
+    f = members[:MOST_ROWS]
     found = [torch.cdist(rows, f).topk(k + 1, largest=False)[0] for rows in f.split(FEW_ROWS)]
     return torch.cat(found)[:, -1]
 
@@ -360,8 +369,7 @@ def precision_recall(
     # 1904.06991
     "Precision and recall of samples a against data b, each in [0, 1]."
     a, b = check_pair(a, b, k + 1)
-    real = b.f[:MOST_ROWS].float()
-    fake = a[:MOST_ROWS].float()
+    real, fake = b.f[:MOST_ROWS], a[:MOST_ROWS]
     precision = share_inside(fake, real, b.cached(knn_radii, k))
     return precision, share_inside(real, fake, knn_radii(fake, k))
 
@@ -375,8 +383,7 @@ def density_coverage(
     # 2002.09797
     "Density (1 for equal distributions) and coverage (0 to 1) of samples a against data b."
     a, b = check_pair(a, b, k + 1)
-    fake = a[:MOST_ROWS].float()
-    real = b.f[:MOST_ROWS].float()
+    real, fake = b.f[:MOST_ROWS], a[:MOST_ROWS]
     radii = b.cached(knn_radii, k)
     held = []  # samples in each ball
     for centres, reach in zip(real.split(FEW_ROWS), radii.split(FEW_ROWS)):
@@ -411,11 +418,11 @@ def nearest_neighbours(
     data: Data,  # where to look
 ) -> tuple:
     "Index of the nearest sample of `data` and its rms distance over the elements, both (n,)."
-    best = torch.full((len(x),), math.inf)
+    best = torch.full((len(x),), math.inf, dtype=torch.float64)
     found = torch.zeros(len(x), dtype=torch.long)
-    rows = x.flatten(1).cpu().float()
+    rows = x.flatten(1).cpu().double()
     for at in range(0, len(data), 2000):
-        known = data.take(slice(at, min(at + 2000, len(data))))[0].flatten(1).cpu().float()
+        known = data.take(slice(at, min(at + 2000, len(data))))[0].flatten(1).cpu().double()
         gap, index = torch.cdist(rows, known).min(1)
         found = torch.where(gap < best, at + index, found)
         best = torch.minimum(gap, best)

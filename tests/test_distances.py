@@ -152,6 +152,28 @@ def test_kernel_interval_covers():
     assert hits >= 51
 
 
+def exact_kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    "The unbiased MMD of the cubic kernel in numbers of 64 binary places."
+    a, b = np.asarray(a, np.longdouble), np.asarray(b, np.longdouble)
+    aa, bb, ab = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (aa, bb)]
+    return float(sum(within) - 2 * ab.mean())
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_the_kernel_distance_of_features_far_from_the_origin(offset):
+    "The kernel has an origin, so its values differ; they are those of the definition."
+    widths, values = [], []
+    for k in range(30):
+        a = draw_noise(2 * k, 120, (4,)).double() + offset
+        b = draw_noise(2 * k + 1, 120, (4,)).double() * 1.2 + 0.2 + offset
+        value, low, high = kernel_distance(a, b)
+        values.append(value)
+        widths.append(high - low)
+    assert value == pytest.approx(exact_kernel_distance(a.numpy(), b.numpy()), rel=1e-6)
+    assert 0.6 < statistics.fmean(widths) / (2 * 1.96 * statistics.stdev(values)) < 1.5
+
+
 # manifolds
 
 
@@ -198,12 +220,42 @@ def test_copies_are_found_and_fresh_pictures_are_not():
     index = torch.arange(0, 1500, 50)
     copies = data.take(index)[0]
     found, gap = nearest_neighbours(copies, data)
-    assert (found == index).all() and gap.max() < 0.01
+    assert (found == index).all() and gap.max() < 1e-6
     assert memorization_rate(copies, data, fresh[::2]) == 1
     assert memorization_rate(fresh[1::2], data, fresh[::2]) < 0.12
 
 
+class Rows:
+    "Points as a data set that can be searched."
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index) -> tuple:
+        return self.x[index], None
+
+
+def test_the_nearest_points_far_from_the_origin_are_the_nearest():
+    x, known = draw_noise(0, 50, (3,)).double(), draw_noise(1, 2100, (3,)).double()
+    (index, gap), (far_index, far_gap) = (
+        nearest_neighbours(x + offset, Rows(known + offset)) for offset in (0, 1000)
+    )
+    assert (index == far_index).all()
+    assert torch.allclose(far_gap, gap, rtol=1e-6, atol=0)
+    assert gap[0].item() == pytest.approx((x[0] - known).square().mean(1).sqrt().min().item())
+
+
 # what every distance keeps to
+
+
+@pytest.mark.parametrize("distance", [d for d in DISTANCES if d is not kernel_distance])
+def test_features_far_from_the_origin_lose_no_digits(distance):
+    a, b = draw_noise(0, 400, (6,)).double() * 0.8, draw_noise(1, 500, (6,)).double()
+    for offset in (1000, torch.tensor([1000.0, -300.0, 0.0, 50.0, 2000.0, 1.0])):
+        assert distance(a + offset, b + offset) == pytest.approx(distance(a, b), rel=1e-6)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
