@@ -217,6 +217,7 @@ class RunPlan:
     points: list  # a `Sampling` a point
     known: list  # the score of each point, or None where it has to be measured
     remarks: list  # lines for the reader
+    refusal: str  # why a point is left out, or ''
 
 
 # %% ../nbs/42_evaluate.ipynb #033d7b4a
@@ -235,14 +236,14 @@ def plan_run(run: Run, job: Evaluation, data: Data) -> RunPlan:
     space = job.space(run)
     wanted = job.points(run)
     refusals = [how.refused(run) for how in wanted]
+    refusal = next(filter(None, refusals), "")
     points = [how for how, why in zip(wanted, refusals) if not why]
     remarks = [
         f"run {run.name}: step {run.step}, {len(points)} points of {job.n} samples, "
         f"{space.name} ({space.hash})"
     ]
     if len(points) < len(wanted):
-        why = next(filter(None, refusals))
-        remarks.append(f"{len(wanted) - len(points)} points left out: {why}")
+        remarks.append(f"{len(wanted) - len(points)} points left out: {refusal}")
     used = {how.solver for how in wanted}
     idle = [name for name in job.words("solvers") if name not in used]
     if idle:
@@ -250,7 +251,7 @@ def plan_run(run: Run, job: Evaluation, data: Data) -> RunPlan:
         remarks.append(
             f"{', '.join(idle)} left out: no number of steps makes exactly {budgets} calls"
         )
-    return RunPlan(run, space, data, points, find_known(run, space, data, points), remarks)
+    return RunPlan(run, space, data, points, find_known(run, space, data, points), remarks, refusal)
 
 
 # %% ../nbs/42_evaluate.ipynb #71d10e7c
@@ -280,6 +281,8 @@ def evaluate(
     runs = targets if isinstance(targets, (list, tuple)) else [targets]
     plans = [plan_run(run, job, load(run.config.data)) for run in runs]
     total = sum(len(plan.points) for plan in plans)
+    if plans and not total:
+        raise ValueError(plans[0].refusal)
     left = sum(plan.known.count(None) for plan in plans)
     first = get_world().rank == 0
     done = 0

@@ -253,6 +253,9 @@ class RunSampling(RunNetwork):
 
     def check_sampling(self, **choices) -> None:
         "Raise a `ValueError` if the run cannot be sampled like this; None stands for its own way."
+        guidance = choices.get("guidance")
+        if guidance is not None:
+            check_guidance(guidance)
         for key, value in self.sampling_fixed.items():
             if choices.get(key) not in (None, value):
                 raise ValueError(
@@ -260,6 +263,11 @@ class RunSampling(RunNetwork):
                     f"a student of method {self.config.method} knows only the way from noise to "
                     f"data in one call; use {key}={value}"
                 )
+        if guidance not in (None, 1) and not self.config.classes:
+            raise ValueError(
+                f"guidance = {guidance:g} means nothing to run {self.name!r}, which was trained "
+                "without labels; use guidance=1"
+            )
         is_map = self.method.network_options().get("times", 1) == 2
         if choices.get("solver") == "flow-map" and not is_map:
             raise ValueError(
@@ -327,7 +335,6 @@ class Run(RunSampling):
             own = own | {"steps": len(entry.ts) - 1, "grid": entry.grid}
         self.check_sampling(**chosen | {"solver": name, "denoise": denoise})
         use = {key: own[key] if value is None else value for key, value in chosen.items()}
-        check_guidance(use["guidance"])
         head = check_int("head", use["head"], 1, self.heads)
         seed = check_int("seed", seed, 0, 2**63 - 1)
         steps = check_int("steps", use["steps"], 1, 1000)

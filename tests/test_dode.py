@@ -99,7 +99,7 @@ def test_it_is_refused_where_it_was_not_fitted_for():
         (plane, dict(steps=5), "steps = 4"),
         (plane, dict(grid="shifted"), "grid = 'uniform'"),
         (plane, dict(weights="raw"), "averaged"),
-        (plane, dict(guidance=2.0), "guidance = 1.0"),
+        (plane, dict(guidance=2.0), "guidance = 2 means nothing to run 'plane'"),
         (plane, dict(denoise=False), "denoise = True"),
     ):
         with pytest.raises(ValueError, match=words):

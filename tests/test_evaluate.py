@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 from processes import end_processes, evaluate_run, run_processes, start_processes
 
+from cudlab.catalog import get_run_info
 from cudlab.config import Config, error_of
 from cudlab.create import create_run
 from cudlab.evaluate import (
@@ -28,7 +29,7 @@ from cudlab.evaluate import (
 )
 from cudlab.run import Run
 from cudlab.score_many import score_many
-from cudlab.scoring import TIMED, why_incomparable
+from cudlab.scoring import TIMED, score, why_incomparable
 from cudlab.training import train
 
 
@@ -174,6 +175,24 @@ def test_what_a_run_cannot_do_is_left_out_and_said(copied):
     assert said[1].startswith("1 points left out: solver = 'flow-map' is not possible")
     assert said[2] == "heun left out: no number of steps makes exactly 1 calls"
     assert [(event.done, event.total) for event in points_of(events)] == [(1, 1)]
+
+
+def test_guidance_without_labels_is_refused_and_stored_nowhere(runs_path):
+    "Scores of before that name it are read as they are."
+    shutil.copytree(ROOT / "checkpoints" / "digits-rf", runs_path / "unlabelled")
+    run = Run.open("unlabelled")
+    wanted = dict(run=run.name, solvers="euler", nfes="2", n=100)
+    before = len(run.scores)
+    for guidance in (0, 2):
+        job = parse_evaluation(wanted | dict(guidance=guidance))
+        words = f"guidance = {guidance} means nothing to run 'unlabelled'"
+        assert words in error_of(list, evaluate(run, job))
+        assert words in error_of(score, run, n=100, guidance=guidance)
+    assert len(run.scores) == before
+    entry = next(s for s in run.scores if (s["solver"], s["steps"]) == ("euler", 2))
+    run.add_score(entry | dict(n=100, seed=0, guidance=2.0))
+    (known,) = job.existing_scores(run)
+    assert known["guidance"] == 2.0 and get_run_info(run.name).best
 
 
 def test_existing_scores_leave_out_other_spaces_and_earlier_steps(copied):

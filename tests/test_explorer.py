@@ -342,6 +342,7 @@ BAD_TOGETHER = [
     dict(by="NFE", solver="heun", amount=7),
     dict(by="NFE", solver="rk45"),
     dict(run="moons-run", label="0"),
+    dict(run="moons-run", guidance=2.0),
     dict(solver="moons-solver", amount=3),
     dict(run="moons-solver", solver="moons-solver", amount=4),
     LEARNED | dict(grid="logsnr"),

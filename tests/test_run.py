@@ -78,7 +78,7 @@ def test_a_learned_solver_knows_its_network():
     assert find_solver(SOLVER).made_for["name"] == "digits-rf"
     for choice, why in (
         (dict(steps=4), "was fitted for steps = 5 on grid = 'uniform', not for 4"),
-        (dict(guidance=2), "guidance = 1.0, not for 2"),
+        (dict(guidance=2), "means nothing to run 'digits-dode-euler5'"),
         (dict(denoise=False), "denoise = True, not for False"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -95,6 +95,9 @@ def test_what_cannot_be_sampled_is_said_at_once():
         (student, dict(steps=4), "use steps=1"),
         (student, dict(guidance=2.0), "use guidance=1.0"),
         (plain, dict(solver="flow-map"), "use solver=euler"),
+        (plain, dict(guidance=2.0), "trained without labels; use guidance=1"),
+        (plain, dict(guidance=0), "trained without labels; use guidance=1"),
+        (plain, dict(guidance=float("nan")), "is not a number from 0 to 100"),
     ):
         with pytest.raises(ValueError, match=why):
             run.check_sampling(**choices)

@@ -85,6 +85,7 @@ def test_a_run_is_sampled_its_own_way_unless_told():
         ("digits-rf", dict(solver="eular"), "eular"),
         ("digits-rf", dict(head=2), "head = '2'"),
         ("digits-rf", dict(guidance=-0.5), "guidance = -0.5 is out of range"),
+        ("digits-rf", dict(guidance=2), "guidance = 2 means nothing to run 'digits-rf'"),
     ],
 )
 def test_wrong_options_are_a_sentence_and_leave_no_folder(tmp_path, name, asked, said):

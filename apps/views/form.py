@@ -62,6 +62,8 @@ def locked_values(solver: Solver, run: Run) -> dict:
         locked["head"] = 1
     if len(run.weights) == 1:  # a run that was cut to what samples need
         locked["weights"] = run.weights[0]
+    if not class_choices(run):
+        locked["guidance"] = 1
     if not run.sampling_fixed and not solver.ts:
         return locked
     locked |= dict(by="steps", lower_order_final="auto", denoise=True)
