@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'is_finite', 'scalars', 'mean_fd', 'best_score', 'RunInfo',
-           'run_status', 'find_missing', 'format_time_of', 'read_run_info',
-           'look_at_run', 'run_info', 'list_runs', 'get_run_info', 'config_value',
-           'config_diff', 'shard_tensors', 'cut_weights', 'copy_run', 'strip_run']  # fmt: skip
+           'run_status', 'find_missing', 'format_time_of', 'find_oddities',
+           'read_run_info', 'look_at_run', 'run_info', 'list_runs', 'get_run_info',
+           'config_value', 'config_diff', 'shard_tensors', 'cut_weights',
+           'copy_run', 'strip_run']  # fmt: skip
 
-# %% ../nbs/34_catalog.ipynb #ad81bf20
+# %% ../nbs/34_catalog.ipynb #c6b04e9e
 import datetime
 import json
 import os
@@ -29,9 +30,9 @@ from .disk import (
     refuse_stray_links,
 )
 from .features import default_features
-from .jobs import read_status
+from .jobs import RunStatus, read_status
 from .run import Run
-from .runfiles import run_dirs, run_stamp, stat_file
+from .runfiles import read_scores, run_dirs, run_stamp, stat_file
 
 # %% ../nbs/34_catalog.ipynb #4ce4fdb6
 SETTINGS = tuple("solver steps nfe grid head n weights guidance lower_order_final denoise".split())
@@ -97,6 +98,7 @@ class RunInfo:
     best: dict = None  # see `best_score`
     teacher: str = ""  # name of the run that supervised it
     status: str = ""  # done, running, stopped, diverged, failed, dead (killed while it ran) or new
+    odd: str = ""  # what of its scores and status cannot be used
 
 
 # %% ../nbs/34_catalog.ipynb #94873b16
@@ -126,6 +128,21 @@ def format_time_of(ns: int) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
 
 
+# %% ../nbs/34_catalog.ipynb #0792916a
+def find_oddities(
+    run_dir: Path,
+    status: RunStatus,  # as it was read
+    count: int,  # odd lines in scores.jsonl
+) -> str:
+    "What of a run's scores and status cannot be used, or ''."
+    found = []
+    if count:
+        found.append(f"{count} odd {'line' if count == 1 else 'lines'} in scores.jsonl")
+    if status == RunStatus() and os.path.lexists(run_dir / "status.json"):
+        found.append("status.json makes no sense")
+    return " and ".join(found)
+
+
 # %% ../nbs/34_catalog.ipynb #32213dd3
 def read_run_info(
     run_dir: Path,
@@ -135,6 +152,8 @@ def read_run_info(
     run = Run(run_dir)
     usual = default_features(run.config.data, run.shape[0])
     is_done = run.step >= run.num_steps
+    status = read_status(run_dir)
+    scores, odd = read_scores(run_dir)
     return RunInfo(
         name=run.name,
         dir=run_dir,
@@ -147,9 +166,10 @@ def read_run_info(
         damaged=find_missing(run),
         changed=format_time_of(os.stat(run.checkpoint).st_mtime_ns),
         parameters=int(run.info["parameters"]),
-        best=best_score(run.scores, run.step, usual),
+        best=best_score(scores, run.step, usual),
         teacher=printable(run.info.get("teacher", {}).get("name", "")),
-        status="done" if is_done else read_status(run_dir).status[:20],
+        status="done" if is_done else status.status,
+        odd=find_oddities(run_dir, status, odd),
     )
 
 

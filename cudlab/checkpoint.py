@@ -38,10 +38,6 @@ from .disk import (
 )
 from .fit import Diverged, Objective
 
-# %% ../nbs/29_checkpoint.ipynb #7668e5ed
-# also imported from here
-from .disk import atomic_write, is_locked, read_jsonl, run_lock  # noqa: F401
-
 # %% ../nbs/29_checkpoint.ipynb #ad3f48f2
 SUMS = "SHA256SUMS"
 CONFIG = "../../config.json"  # seen from a checkpoint
@@ -184,7 +180,7 @@ def trim_metrics(
     with open(Path(run_dir) / "metrics.jsonl", "a+b") as f:
         f.seek(0)
         for line in f:
-            late = any(is_logged_after(row, step) for row in parse_jsonl(line))
+            late = any(row and is_logged_after(row, step) for row in parse_jsonl(line))
             if late or not line.endswith(b"\n"):
                 break
             end += len(line)

@@ -10,10 +10,9 @@ __all__ = ['MOST_ROWS', 'FEW_ROWS', 'T_QUANTILES', 'check_features', 'Reference'
            'mean_over_parts', 'frechet_limit', 'kernel_weights', 'cubic_kernel',
            'kernel_sums', 'kernel_self', 'kernel_distance', 'knn_radii',
            'share_inside', 'precision_recall', 'density_coverage',
-           'quantile_profiles', 'sliced_wasserstein', 'nearest_neighbours',
-           'memorization_rate', 'mean_interval']  # fmt: skip
+           'quantile_profiles', 'sliced_wasserstein', 'mean_interval']  # fmt: skip
 
-# %% ../nbs/40_distances.ipynb #715f1173
+# %% ../nbs/40_distances.ipynb #3ff043aa
 import functools
 import math
 import operator
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import Data
 from .rng import Rng
 
 
@@ -410,34 +408,6 @@ def sliced_wasserstein(
     a, b = check_pair(a, b, 2)
     gaps = quantile_profiles(a) - b.cached(quantile_profiles)
     return gaps.square().mean().sqrt().item()
-
-
-# %% ../nbs/40_distances.ipynb #99eb4568
-def nearest_neighbours(
-    x: Tensor,  # pictures, (n, *S)
-    data: Data,  # where to look
-) -> tuple:
-    "Index of the nearest sample of `data` and its rms distance over the elements, both (n,)."
-    best = torch.full((len(x),), math.inf, dtype=torch.float64)
-    found = torch.zeros(len(x), dtype=torch.long)
-    rows = x.flatten(1).cpu().double()
-    for at in range(0, len(data), 2000):
-        known = data.take(slice(at, min(at + 2000, len(data))))[0].flatten(1).cpu().double()
-        gap, index = torch.cdist(rows, known).min(1)
-        found = torch.where(gap < best, at + index, found)
-        best = torch.minimum(gap, best)
-    return found, best / rows.shape[1] ** 0.5
-
-
-# %% ../nbs/40_distances.ipynb #a6d846ac
-def memorization_rate(
-    x: Tensor,  # samples, (n, *S)
-    data: Data,  # the training split
-    fresh: Tensor,  # pictures of the same kind that were not trained on, (m, *S)
-) -> float:
-    "Share of the samples that lie nearer to the training data than 95 % of fresh pictures do."
-    chance = nearest_neighbours(fresh, data)[1].quantile(0.05)
-    return (nearest_neighbours(x, data)[1] < chance).float().mean().item()
 
 
 # %% ../nbs/40_distances.ipynb #809b50fa

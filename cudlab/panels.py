@@ -88,7 +88,7 @@ class VelocityPanel(SolverPanel):
         return box_chart(moves_chart(move_panels(self.run, tau, self.flow), tau.ts))
 
 
-# %% ../nbs/57_panels.ipynb #9be87bbe
+# %% ../nbs/57_panels.ipynb #4f9f80da
 def matching_scores(
     run: Run,  # an open run
     solvers: tuple,  # names
@@ -100,7 +100,7 @@ def matching_scores(
     return [
         entry
         for entry in run.scores
-        if entry["solver"] in solvers and all(entry[key] == v for key, v in wanted.items())
+        if entry.get("solver") in solvers and all(entry.get(key) == v for key, v in wanted.items())
     ]
 
 

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['RunWeights', 'RunNetwork', 'find_solver', 'check_made_for',
-           'check_made_on', 'check_guidance', 'without_grad', 'RunSampling', 'Run']  # fmt: skip
+           'check_made_on', 'check_guidance', 'check_finite', 'without_grad',
+           'RunSampling', 'RunWalk', 'Run']  # fmt: skip
 
-# %% ../nbs/32_run.ipynb #cf7ae9db
+# %% ../nbs/32_run.ipynb #f34f9c38
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import safetensors.torch
@@ -31,17 +33,6 @@ from .rng import draw_noise
 from .runfiles import WEIGHTS, RunFolder, find_run
 from .solver import SOLVERS, Solver, SolverState, Trajectory
 from .solver import iterate as solver_walk
-
-# %% ../nbs/32_run.ipynb #2ccf7673
-# also imported from here
-from .provenance import (  # noqa: F401
-    RUNTIME_KEYS,
-    cpu_name,
-    describe_machine,
-    get_provenance,
-    run_name,
-)
-from .runfiles import is_run, run_dirs, run_stamp  # noqa: F401
 
 
 # %% ../nbs/32_run.ipynb #826d8192
@@ -216,11 +207,35 @@ def check_made_on(
 
 
 # %% ../nbs/32_run.ipynb #dd16a418
-def check_guidance(guidance: float) -> None:
-    "Raise unless guidance is a number from 0 to 100."
+def check_guidance(
+    guidance: float,  # None = the run's own
+    run: "Run",  # that is sampled
+) -> None:
+    "Raise unless guidance is a number from 0 to 100, and 1 where there are no labels to guide by."
+    if guidance is None:
+        return
     number = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
     if not number or not 0 <= guidance <= 100:
         raise ValueError(f"guidance = {str(guidance)[:40]!r} is not a number from 0 to 100")
+    if guidance != 1 and not run.config.classes:
+        raise ValueError(
+            f"guidance = {guidance:g} means nothing to run {run.name!r}, which was trained "
+            "without labels; use guidance=1"
+        )
+
+
+# %% ../nbs/32_run.ipynb #4ce7d4d8
+def check_finite(
+    x: Tensor,  # samples, (B, *S)
+    name: str,  # of their run
+) -> None:
+    "Raise unless all samples are finite."
+    bad = (~torch.isfinite(x)).flatten(1).any(1).sum().item()
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(x)} samples of run {name!r} are NaN or infinite; its weights are too "
+            "large, or the solver needs more steps"
+        )
 
 
 # %% ../nbs/32_run.ipynb #33168cbc
@@ -253,9 +268,6 @@ class RunSampling(RunNetwork):
 
     def check_sampling(self, **choices) -> None:
         "Raise a `ValueError` if the run cannot be sampled like this; None stands for its own way."
-        guidance = choices.get("guidance")
-        if guidance is not None:
-            check_guidance(guidance)
         for key, value in self.sampling_fixed.items():
             if choices.get(key) not in (None, value):
                 raise ValueError(
@@ -263,11 +275,7 @@ class RunSampling(RunNetwork):
                     f"a student of method {self.config.method} knows only the way from noise to "
                     f"data in one call; use {key}={value}"
                 )
-        if guidance not in (None, 1) and not self.config.classes:
-            raise ValueError(
-                f"guidance = {guidance:g} means nothing to run {self.name!r}, which was trained "
-                "without labels; use guidance=1"
-            )
+        check_guidance(choices.get("guidance"), self)
         is_map = self.method.network_options().get("times", 1) == 2
         if choices.get("solver") == "flow-map" and not is_map:
             raise ValueError(
@@ -303,9 +311,9 @@ class RunSampling(RunNetwork):
         return y.long()
 
 
-# %% ../nbs/32_run.ipynb #b4d1b414
-class Run(RunSampling):
-    "A finished or running training on disk."
+# %% ../nbs/32_run.ipynb #4f48ea58
+class RunWalk(RunSampling):
+    "A run as a walk from noise to samples."
 
     def iterate(
         self,
@@ -356,9 +364,21 @@ class Run(RunSampling):
         x = x.contiguous(memory_format=sampling_layout(self.shape))
         return without_grad(solver_walk(f, x, ts, entry, self.path, lower_order_final))
 
+
+# %% ../nbs/32_run.ipynb #b4d1b414
+class Run(RunWalk):
+    "A finished or running training on disk."
+
+    def sample(self, **choices) -> SolverState:
+        "The end of the walk, with the samples and their calls; choices as in `iterate`."
+        last = deque(self.iterate(**choices), maxlen=1).pop()
+        check_finite(last.x, self.name)
+        return last
+
     def solve(self, **choices) -> Trajectory:
         "The whole walk as a `Trajectory`; choices as in `iterate`."
         states = list(self.iterate(**choices))
+        check_finite(states[-1].x, self.name)
         ts = torch.tensor([s.t for s in states], device=states[0].x.device)
         xs, vs = torch.stack([s.x for s in states]), torch.stack([s.v for s in states[1:]])
         return Trajectory(ts, xs, vs, states[-1].nfe, self.path)

@@ -12,7 +12,6 @@ __all__ = ['SHEET', 'MOST_ON_SHEET', 'SampleSet', 'SampleOptions', 'encode_sampl
 import io
 import json
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -142,7 +141,7 @@ def part_path(folder: Path, number: int) -> Path:
 def draw_part(run: Run, how: Sampling, index: Tensor) -> dict:
     "These samples (B,) as they are kept, with their classes where the run knows any."
     kwargs = how.to_kwargs(run, index)
-    x = deque(run.iterate(**kwargs), maxlen=1).pop().x
+    x = run.sample(**kwargs).x
     tensors = {"samples": encode_samples(x).cpu().contiguous()}
     if kwargs["y"] is not None:
         tensors["labels"] = kwargs["y"]

@@ -6,12 +6,11 @@
 __all__ = ['CachedVelocity', 'merge_pieces', 'score_part', 'run_parts',
            'score_many']  # fmt: skip
 
-# %% ../nbs/47_score_many.ipynb #d651e53a
+# %% ../nbs/47_score_many.ipynb #dd8b7819
 import functools
 import hashlib
 import importlib
 import math
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -82,7 +81,7 @@ def score_part(
         y = same.to_kwargs(run, index)["y"]
         flow = CachedVelocity(run.velocity(same.weights, same.head, y, same.guidance))
         for how, pieces in zip(hows, found):
-            last = deque(run.iterate(**how.to_kwargs(run, index), flow=flow), maxlen=1).pop()
+            last = run.sample(**how.to_kwargs(run, index), flow=flow)
             pieces.append((extract(last.x.float()).cpu(), last.x[index < ends].cpu(), last.nfe))
     return [merge_pieces(pieces) for pieces in found]
 

@@ -1,5 +1,6 @@
 """The list of runs: cheap, current, honest about damage, and closed to links."""
 
+import json
 import os
 import shutil
 import sys
@@ -143,19 +144,41 @@ def test_a_name_that_cannot_be_shown_is_escaped_and_stops_nothing(lab, name):
         '{"fd": NaN, "step": 5}',
         '{"fd": -Infinity, "step": 5}',
         '{"fd": "low"}',
-        '{"fd": 0.1, "step": 4}',
-        '{"fd": 0.1',
+        '{"fd": true, "step": 5}',
+        '{"fd": 0.1, "step": 5, "nfe": [1]}',
+        '{"fd": 0.1, "step": 5, "seed": "a"}',
+        '{"fd": 0.1, "step": 5, "n": 1e9}',
+        '{"fd": 0.1, "step": 5, "solver": ["euler"]}',
+        '{"fd": 1' + 400 * "0" + ', "step": 5}',
+        '{"fd": 0.1,,',
         '{"fd": 0.1, "step": 5, "solver": "\\ud800"}',
         "\x00",
     ],
 )
-def test_odd_lines_of_scores_do_no_harm(lab, line):
+def test_odd_lines_of_scores_are_marked_and_do_no_harm(lab, line):
     file = lab("odd") / "scores.jsonl"
-    was = mine()["odd"].best
-    file.write_text(line + "\n" + file.read_text() + line)
-    assert mine()["odd"].best == was and not mine()["odd"].damaged
+    was, scores = mine()["odd"].best, Run.open("odd").scores
+    assert not mine()["odd"].odd
+    file.write_text(line + "\n" + file.read_text() + line + "\n")
+    found = mine()["odd"]
+    assert found.best == was and not found.damaged and Run.open("odd").scores == scores
+    assert found.odd == "2 odd lines in scores.jsonl"
     run = Run.open("odd")
     assert run.add_score({"fd": 3.0, "nfe": 9, "step": 5}) and run.scores[-1]["nfe"] == 9
+
+
+def test_texts_of_scores_are_shown_without_control_characters(lab):
+    file = lab("red") / "scores.jsonl"
+    row = dict(fd=0.1, step=5, nfe=1, solver="\x1b[31meuler", extractor="digits-v2")
+    file.write_text(json.dumps(row) + "\n")
+    assert mine()["red"].best["solver"] == "\\x1b[31meuler"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"status": "\\u001b[31m"}', '{"status": [1]}'])
+def test_an_odd_status_is_marked(lab, text):
+    (lab("odd") / "status.json").write_text(text)
+    found = mine()["odd"]
+    assert found.odd == "status.json makes no sense" and not found.damaged
 
 
 def entry(fd: float, extractor: str = "a", step: int = 1, **more) -> dict:

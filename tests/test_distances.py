@@ -22,11 +22,10 @@ from cudlab.distances import (
     frechet_limit,
     kernel_distance,
     mean_interval,
-    memorization_rate,
-    nearest_neighbours,
     precision_recall,
     sliced_wasserstein,
 )
+from cudlab.memory import memorization_rate, nearest_neighbours
 from cudlab.rng import draw_noise
 
 DISTANCES = [

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from cudlab.create import create_run
 from cudlab.evaluate import (
     Evaluation,
     evaluate,
+    find_fd,
     parse_evaluation,
     plan_points,
     score_curve,
@@ -120,6 +122,26 @@ def test_the_job_writes_each_score_once(copied):
     )
     assert job.existing_scores(run) == run.scores
     assert not parse_evaluation(dict(n=101)).existing_scores(run)
+
+
+def test_the_fd_of_a_way_of_sampling_is_that_of_the_most_samples(copied):
+    run = copied()
+    how = parse_evaluation(dict(solvers="ab2", nfes="2")).points()[0]
+    assert find_fd(run, how) is None
+    way = dict(solver="ab2", steps=2, extractor="points", step=run.step, n=500)
+    odd = [
+        dict(fd=math.nan, seed=3),
+        dict(fd=0.1, n=100),
+        dict(fd=0.1, step=1),
+        dict(fd=0.1, head=2),
+    ]
+    for entry in (*odd, dict(fd=0.1, extractor="other"), dict(fd=3.0, fd_low=2.0, fd_high=4.0)):
+        run.add_score(way | entry)
+    found = dict(fd=3.0, low=2.0, high=4.0, seeds=1, n=500, extractor="points")
+    assert find_fd(run, how) == found
+    run.add_score(way | dict(fd=5.0, seed=1))
+    found = find_fd(run, how)
+    assert (found["fd"], found["seeds"]) == (4.0, 2) and found["low"] < 3 < 5 < found["high"]
 
 
 def test_seeds_are_summed_up_and_unlike_scores_refused(copied):

@@ -598,6 +598,28 @@ def test_points_are_compared_too_and_a_student_with_its_teacher(app):
     assert any(getattr(page[1], "data", None) for page in pages)
 
 
+def test_distances_to_different_references_are_not_subtracted_and_fd_is_shown(app, monkeypatch):
+    run = Run.open("moons-run")
+    way = dict(solver="ab2", steps=4, n=200, step=run.step, extractor="points", fd_low=1.5)
+    scores = [way | dict(fd=9.0, n=100), way | dict(fd=2.0, fd_high=2.5)]
+    monkeypatch.setattr(Run, "scores", scores)
+    other = ("moons-run", "ab2", 4, "uniform", "raw", 1)
+    same = ("moons-run", "ab2", 4, "uniform", "ema", 1)
+    asked = flatten([POINTS[0], other, same, ("moons-jumps", "euler", 1, "uniform", "ema", 1)])
+    rows = compare.compare_ends(walked(compare.parse_columns(0, 4, asked)))
+    assert ["nearer than A by" in row for row in rows] == [False, False, True, False]
+    assert all("distance to it" in row for row in rows)
+    assert [row["fd"] for row in rows] == [
+        *("not measured", "not measured", "2 [1.5, 2.5] @points, n 200", "not measured")
+    ]
+
+
+def walked(columns: list) -> list:
+    for column in columns:
+        list(column.sample())
+    return columns
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [

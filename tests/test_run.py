@@ -9,9 +9,11 @@ import torch
 
 from cudlab.catalog import list_runs, strip_run
 from cudlab.checkpoint import checkpoint_dir, prune_checkpoints, save_checkpoint
-from cudlab.config import Config, CorruptData
+from cudlab.config import Config, CorruptData, error_of
 from cudlab.create import create_run
 from cudlab.run import Run, find_solver
+from cudlab.sample import write_samples
+from cudlab.scoring import score
 from cudlab.training import train
 
 TINY = dict(method="rf", data="moons", batch=8, steps=2, log_every=1, save_every=1, warmup=1)
@@ -69,6 +71,23 @@ def test_weights_that_half_precision_cannot_hold_are_refused(lab, good, tmp_path
     save_checkpoint(run.dir, 2, {"ema.safetensors": safetensors.torch.save(weights)}, {})
     with pytest.raises(ValueError, match="cannot hold the weights of run 'large'"):
         strip_run(run, tmp_path / "new", "float16")
+
+
+def test_samples_that_are_not_finite_are_said_and_not_kept(lab, good, tmp_path):
+    run = Run(copy_of(good, lab, "huge"))
+    weights = {k: v.sign() * 3e38 for k, v in run.tensors("ema.safetensors").items()}
+    shutil.rmtree(run.checkpoint)
+    files = {name: safetensors.torch.save(weights) for name in ("ema.safetensors",)}
+    save_checkpoint(run.dir, 2, files, {})
+    run = Run.open("huge")
+    words = "32 of 32 samples of run 'huge' are NaN or infinite; its weights are too large"
+    assert words in error_of(run.solve, index=32, steps=2)
+    assert words in error_of(run.sample, index=32, steps=2)
+    assert words in error_of(score, run, n=32, steps=2)
+    out = tmp_path / "samples"
+    assert words in error_of(list, write_samples(run, out, n=32, per_part=32, steps=2))
+    assert [file.name for file in out.iterdir()] == ["index.json"]
+    assert [state.x.shape for state in run.iterate(index=2, steps=1)]  # can be looked at
 
 
 def test_a_learned_solver_knows_its_network():

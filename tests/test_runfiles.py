@@ -28,7 +28,7 @@ from cudlab.create import create_run
 from cudlab.disk import hash_bytes
 from cudlab.jobs import get_exit_code
 from cudlab.run import Run
-from cudlab.runfiles import run_stamp
+from cudlab.runfiles import read_log, run_stamp
 from cudlab.training import train
 
 TINY = dict(method="rf", data="moons", batch=8, steps=2, log_every=1, save_every=1, warmup=1)
@@ -359,6 +359,34 @@ def test_odd_files_beside_a_checkpoint_do_no_harm(lab, good, file, case):
     json.dumps(info.best, allow_nan=False)
     run = Run.open("odd@2")
     assert run.verify() == 5 and [type(run.scores), type(run.metrics)] == [list, list]
+
+
+ODD_LOG = [
+    '{"step": "a", "loss": 3}',
+    '{"step": 1' + 400 * "0" + ', "loss": {"net": 1}}',
+    '{"step": 2.5, "loss": {"net": 1}}',
+    '{"step": true, "loss": {"net": 1}}',
+    '{"step": -1, "loss": {"net": 1}}',
+    '{"loss": {"net": 1}}',
+    '{"step": 2, "loss": {"net": "x"}}',
+    '{"step": 2, "loss": {"net": [1]}}',
+    '{"step": 2, "loss": {"net": 1}, "lr": {}}',
+    '{"step": 2, "loss": {"net": 1}, "grad_norm": ["x"]}',
+    "words",
+    "[2]",
+]
+
+
+@pytest.mark.parametrize("line", ODD_LOG)
+def test_odd_lines_of_the_log_are_counted_and_left_out(lab, good, line):
+    run = Run(copy_of(good, lab, "odd"))
+    rows, odd = read_log(run.dir)
+    assert rows and not odd
+    with open(run.dir / "metrics.jsonl", "a") as file:
+        file.write(f'{line}\n{{"step": 2, "loss": {{"\\u001b[31m": NaN}}}}\n{{"step": 2, "lo')
+    found, odd = read_log(run.dir)
+    assert found[:-1] == rows == run.metrics[:-1] and odd == 1
+    assert list(found[-1]["loss"]) == ["\\x1b[31m"]
 
 
 # Names

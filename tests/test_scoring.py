@@ -57,6 +57,8 @@ class Exact:
         self.asked.append((index, y))
         return iterate(self.flow, draw_noise(seed, index, (2,)), make_grid(grid, steps), solver)
 
+    sample = Run.sample
+
     def solve(self, **choices):
         states = list(self.iterate(**choices))
         return Trajectory(
@@ -178,7 +180,7 @@ def test_measure_refuses_what_makes_no_sense():
 def test_a_diverged_run_is_named():
     run = Exact()
     run.flow = lambda x, t: x * math.nan
-    assert "did the sampler diverge" in error_of(score, run, n=100)
+    assert "100 of 100 samples of run 'exact' are NaN" in error_of(score, run, n=100)
 
 
 def test_a_score_names_your_own_space(tmp_path, monkeypatch):

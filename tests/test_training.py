@@ -201,9 +201,13 @@ def test_a_training_that_never_is_finite_diverges():
 
 def test_the_status_of_odd_files_is_that_of_a_new_run(tmp_path):
     assert read_status(tmp_path) == RunStatus()
-    for text in ("", "[]", "{", '{"status": 3, "step": "x", "pid": null}', "\udc80" * 3, "NaN"):
+    odd = ['{"status": 3, "step": "x", "pid": null}', '{"status": "\x1b[31m", "step": 3}']
+    for text in ("", "[]", "{", *odd, "\udc80" * 3, "NaN"):
         (tmp_path / "status.json").write_bytes(text.encode(errors="surrogatepass"))
         assert read_status(tmp_path) == RunStatus(), text
+    big = '{"status": "stopped", "pid": 1' + 400 * "0" + ', "step": -1, "why": "\\u001b[31m"}'
+    (tmp_path / "status.json").write_text(big)
+    assert read_status(tmp_path) == RunStatus("stopped", why="\\x1b[31m")
 
 
 def test_a_run_belongs_to_one_configuration(lab):

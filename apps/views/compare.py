@@ -19,13 +19,15 @@ from offer import (
 from request import LIMITS, SampleForm, SampleRequest, as_one_line, make_request
 
 from cudlab import plot
+from cudlab.catalog import is_finite
 from cudlab.distances import mean_interval
 from cudlab.dode import NATIVE
+from cudlab.evaluate import find_fd
 from cudlab.path import GRIDS
 from cudlab.plane import endpoint_chart
 from cudlab.run import Run
 from cudlab.runfiles import run_stamp
-from cudlab.scoring import memoize
+from cudlab.scoring import Sampling, memoize
 from cudlab.solver import Trajectory, solve
 from cudlab.trajectory import root_mean_square
 from views import PRIVATE, SOLVE, cancel_on, run_script
@@ -36,9 +38,11 @@ NONE = "none"
 LETTERS = "ABCD"
 EMPTY = dict(run=NONE, solver="euler", amount=4, grid="uniform", weights="ema", head=1)
 FIELDS = tuple(EMPTY)
+SCORED = ("solver", "grid", "weights", "head", "guidance", "lower_order_final", "denoise")
 CAPTION = (
     "root mean square distances, mean over the samples and 95 % interval; the same noise in every "
-    "column"
+    "column; fd with its interval from the scores of the run, which are of many more samples; "
+    "columns with different references compare by fd alone"
 )
 
 
@@ -124,10 +128,26 @@ def format_mean(values: torch.Tensor) -> str:
     return f"{mean:.4f}" if len(values) < 2 else f"{mean:.4f} [{low:.4f}, {high:.4f}]"
 
 
+def format_fd(request: SampleRequest) -> str:
+    "What the scores of the run say of this way of sampling: fd and 95 % interval."
+    form = request.form
+    ways = {key: getattr(form, key) for key in SCORED}
+    found = find_fd(request.run, Sampling(**ways, steps=request.steps))
+    if not found:
+        return "not measured"
+    numbers = f"{found['fd']:.4g}"
+    if is_finite(found["low"]) and is_finite(found["high"]):
+        numbers += f" [{found['low']:.4g}, {found['high']:.4g}]"
+    return f"{numbers} @{found['extractor']}, n {found['n']:,}"
+
+
 def compare_ends(columns: list[Column]) -> list:
-    "A row for each column: how far it ends from the reference and from the first column."
+    """A row for each column: its fd, how far it ends from its reference and from the first column.
+    Distances to different references are not subtracted.
+    """
     first = columns[0]
     rows = []
+    goals = {}
     distances = {}
     for column in columns:
         row = {
@@ -136,6 +156,7 @@ def compare_ends(columns: list[Column]) -> list:
             "steps": column.request.steps,
             "NFE": f"{column.trajectory.nfe:g}",
             "solver time": f"{1000 * column.seconds:.0f} ms",
+            "fd": format_fd(column.request),
         }
         x = column.trajectory.x
         try:
@@ -143,11 +164,13 @@ def compare_ends(columns: list[Column]) -> list:
         except ValueError as e:
             row["reference"] = str(e)[:120]
         else:
+            goals[column.letter] = ends
             distances[column.letter] = distance = root_mean_square(x - ends)
             row |= {"reference": name, "distance to it": format_mean(distance)}
         if column is not first:
             row[f"from {first.letter}"] = format_mean(root_mean_square(x - first.trajectory.x))
-            if column.letter in distances and first.letter in distances:
+            ours, theirs = goals.get(column.letter), goals.get(first.letter)
+            if ours is not None and theirs is not None and torch.equal(ours, theirs):
                 gain = distances[first.letter] - distances[column.letter]
                 row[f"nearer than {first.letter} by"] = format_mean(gain)
         rows.append(row)

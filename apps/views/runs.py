@@ -64,9 +64,12 @@ def describe_state(info: RunInfo) -> str:
     "What a run is doing, in a word or with the reason."
     if info.damaged:
         return f"damaged: {info.damaged.removeprefix(f'run {info.name!r} is damaged: ')}"
-    if info.status == "done":
-        return "shipped" if info.shipped else "yours"
-    return "new" if info.status == "new" else f"{info.status} at {info.step:,} of {info.steps:,}"
+    state = "shipped" if info.shipped else "yours"
+    if info.status == "new":
+        state = "new"
+    elif info.status != "done":
+        state = f"{info.status} at {info.step:,} of {info.steps:,}"
+    return f"{state}; {info.odd}" if info.odd else state
 
 
 def describe_best(best: dict) -> str:
