@@ -111,7 +111,7 @@ def make_vp_path(
 
     def time(lam):
         loss = 0.5 * torch.nn.functional.softplus(-2 * lam)
-        return (torch.sqrt(0.25 * low**2 + (high - low) * loss) - 0.5 * low) / (0.5 * (high - low))
+        return 2 * loss / (torch.sqrt(0.25 * low**2 + (high - low) * loss) + 0.5 * low)
 
     return Path("vp", alpha, sigma, dalpha, dsigma, time)
 

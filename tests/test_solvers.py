@@ -190,3 +190,11 @@ def test_the_step_alone_is_closed_without_a_path():
     by_hand = NOISE - 0.25 * (v + flow(NOISE - 0.5 * v, t - 0.5)) / 2 * 2
     assert (heun(flow, NOISE, t, t - 0.5) - by_hand).abs().max() < 1e-14
     assert schedule_points(VP, torch.zeros(1))[0].dsigma == math.inf
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_the_time_of_a_noise_level_is_found_in_single_precision_too(path):
+    "Down to a millionth, where the difference of two near numbers would lose half the digits."
+    t = torch.logspace(-6, -0.01, 60)
+    assert (path.time(path.lam(t)) / t - 1).abs().max() < 3e-6
+    assert (path.time(path.lam(t.double())) / t.double() - 1).abs().max() < 1e-12
