@@ -10,6 +10,7 @@ from cudlab.config import Config, error_of
 from cudlab.create import create_run
 from cudlab.evaluate import evaluate, parse_evaluation
 from cudlab.jobs import TrainingStopped
+from cudlab.recipe import apply_recipe, max_weight, sampling_recipe
 from cudlab.rng import Rng, draw_noise
 from cudlab.run import Run, find_solver
 from cudlab.score_many import score_many
@@ -89,6 +90,16 @@ def test_every_base_of_the_paper_is_made_by_a_run():
         run = fitted(base, teacher="plane", base=base, samples=8, batches=1)
         assert run.tensors("ema.safetensors")["solver.lam"].shape == (count, 1)
         assert run.solve(index=3).nfe == count
+
+
+def test_a_solver_that_adds_changes_of_predicted_data_is_a_recipe_too():
+    run = fitted(base="edm-heun", faithful=True, samples=32)
+    assert run.method.leans_on == "x0" and "basis_x0" in "".join(run.tensors("ema.safetensors"))
+    net = Run.open("plane").net(device="cpu")
+    rows = sampling_recipe(run, steps=4)
+    found = apply_recipe(rows, lambda x, t, r: net(x, t), draw_noise(0, 5, (2,)))
+    tolerance = 1e-5 * max_weight(rows)
+    torch.testing.assert_close(found, run.solve(index=5).x, rtol=0, atol=tolerance)
 
 
 def test_it_is_refused_where_it_was_not_fitted_for():
