@@ -45,8 +45,8 @@ test: setup ## lint, notebooks, and the fast tests: about seven minutes on two c
 test-all: setup ## the same with the long tests: hundreds of kills, every method times every fault
 	@python tools/suite.py --all $(ARGS)
 
-soak: setup ## kill a training a hundred times at random moments
-	CUDLAB_KILLS=100 pytest -s -m long -k kills $(ARGS)
+soak: setup ## kill a training a hundred times at random moments; call the page a thousand times
+	CUDLAB_KILLS=100 pytest -s -m long -k "kills or soak" $(ARGS)
 
 prepare: setup ## before a commit: export, clean, README, lint
 	python tools/export.py

@@ -29,6 +29,7 @@ from views import QUICK, SPLIT, compare, form, live, runs, share, tradeoff, traj
 
 import jobs
 from cudlab.config import set_threads
+from cudlab.disk import plain_streams
 
 
 def build() -> gr.Blocks:
@@ -72,6 +73,7 @@ def warm_up() -> None:
         LOG.warning("the default run could not be warmed up: %s", error_line(e))
 
 
+@plain_streams()
 def main(argv: list = None) -> int:
     "Start the explorer and serve until interrupted."
     args = server.parse_arguments(argv)

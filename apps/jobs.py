@@ -23,7 +23,7 @@ from cudlab.cli import train_parameters
 from cudlab.config import Config, Options, did_you_mean, get_settings
 from cudlab.create import open_teacher, resolve_run_dir
 from cudlab.data import DATA
-from cudlab.jobs import parse_parameters, read_status
+from cudlab.jobs import parse_parameters, read_status, request_stop
 from cudlab.methods import make_method
 from cudlab.run import Run
 
@@ -323,5 +323,5 @@ def stop_job(name: str, token: str = "") -> str:
         job = read_job(name)
         if job.status != "running":
             raise ValueError(f"run {name!r} is {job.status}; only a running job can be stopped")
-        (get_run_info(name).dir / "STOP").touch()
+        request_stop(get_run_info(name).dir)
         return name

@@ -7,11 +7,13 @@ from pathlib import Path
 from cudlab.catalog import RunInfo, list_runs
 from cudlab.config import did_you_mean
 from cudlab.data import POINTS
+from cudlab.disk import read_jsonl
 from cudlab.methods import METHODS
 from cudlab.run import Run
 from cudlab.runfiles import run_stamp
 from cudlab.solver import SOLVERS, Solver
 
+LOG_BYTES = 2**22  # of a log that are read, from its end
 ALLOWED_RUNS = []  # the only ones shown, if there are any
 GUARD = threading.Lock()
 opened = OrderedDict()  # (folder, stamp) -> Run
@@ -43,7 +45,7 @@ def run_choices() -> list:
 def open_run(name) -> Run:
     "An open run; the last four stay in memory as long as nothing changes on disk."
     if not isinstance(name, str) or not name:
-        raise ValueError("no run is chosen; train one with: cudlab train")
+        raise ValueError("no run is chosen; choose one of the list, or train one: cudlab train")
     known = {info.name: info for info in listed_runs()}
     if name not in known:
         raise ValueError(
@@ -92,6 +94,11 @@ def default_run(wanted: str = "") -> str | None:
 def class_choices(run: Run) -> list:
     "The classes that can be asked for: none where the run was trained without labels."
     return list(run.classes) if run.config.classes else []
+
+
+def recent_log(run: Run) -> list:
+    "The end of a run's log: one dict a line."
+    return read_jsonl(run.dir / "metrics.jsonl", LOG_BYTES)
 
 
 def is_planar(run: Run) -> bool:

@@ -14,6 +14,7 @@ import torch
 from offer import class_choices, open_run, pick_solver
 
 from cudlab.config import Options, option
+from cudlab.disk import printable
 from cudlab.dode import NATIVE
 from cudlab.path import GRIDS
 from cudlab.run import Run
@@ -34,7 +35,7 @@ LOWER_ORDER = {"auto": None, "yes": True, "no": False}
 
 def error_line(error: Exception) -> str:
     "What went wrong in one line of at most 200 characters, safe to show as HTML."
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = printable(" ".join(str(error).split())) or type(error).__name__
     if len(words) > 190:
         words = words[:187] + "..."
     return html.escape(words, quote=False)[:200]
@@ -89,7 +90,8 @@ class Clock:
 def parse_names(chosen, what: str) -> list:
     "A list of names from a client."
     names = [chosen] if isinstance(chosen, str) else chosen
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+    is_list = isinstance(names, list) and bool(names)
+    if not is_list or not all(isinstance(n, str) and n.isprintable() for n in names):
         raise ValueError(
             f"{what} = {str(chosen)[:40]!r} is not a list of names; choose at least one"
         )

@@ -199,6 +199,7 @@ def launch_page(
             http=Protocol,
             ws="none",
             log_level="warning",
+            use_colors=False,
             access_log=False,
             server_header=False,
             proxy_headers=False,

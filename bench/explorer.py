@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "apps"))
 
 import torch
+from request import SampleForm
 
 from cudlab.config import Config, set_threads
 
@@ -95,21 +97,7 @@ def main():
             names.append("bench-mnist")
         except ValueError as e:
             print(f"without the MNIST network: {e}")
-        form = dict(
-            run="",
-            weights="ema",
-            head=1,
-            solver="euler",
-            by="steps",
-            amount=16,
-            grid="uniform",
-            seed=0,
-            count=64,
-            label="any",
-            guidance=1.0,
-            lower_order_final="auto",
-            denoise=True,
-        )
+        form = asdict(SampleForm(amount=16, count=64))
         for name in names:
             first, last, whole, size = film(form | dict(run=name), 5 if name == "digits-cud" else 2)
             print(

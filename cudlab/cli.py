@@ -11,7 +11,7 @@ __all__ = ['LIST_ROW', 'COMMANDS', 'report_error', 'sigterm_as_interrupt',
            'export_command', 'import_command', 'format_commands', 'run_command',
            'main']  # fmt: skip
 
-# %% ../nbs/63_cli.ipynb #7a159399
+# %% ../nbs/63_cli.ipynb #b6fc4efc
 import argparse
 import collections
 import contextlib
@@ -33,6 +33,7 @@ from .config import (
     set_threads,
 )
 from .create import create_run
+from .disk import plain_streams
 from .distributed import init_distributed
 from .flags import Parser, add_flags, flags_of, parse_fields
 from .jobs import (
@@ -377,6 +378,7 @@ def run_command(argv: list) -> int:
 
 
 # %% ../nbs/63_cli.ipynb #a09bf612
+@plain_streams()
 def main(
     argv: list = None,  # words after `cudlab`; default: those of the process
 ) -> int:

@@ -6,7 +6,8 @@
 __all__ = ['EXIT_CODES', 'STATUSES', 'TrainOptions', 'parse_method_args',
            'type_method_args', 'notebook_parameters', 'parse_parameters',
            'TrainingStopped', 'get_exit_code', 'error_message', 'RunStatus',
-           'read_status', 'write_status', 'final_status', 'StopRequest', 'any_rank']  # fmt: skip
+           'read_status', 'write_status', 'final_status', 'request_stop',
+           'StopRequest', 'any_rank']  # fmt: skip
 
 # %% ../nbs/33_jobs.ipynb #4557003b
 import contextlib
@@ -222,6 +223,13 @@ def final_status(
         why = "its caller went away"
     status = {0: "done", 3: "stopped", 4: "diverged"}.get(code, "failed")
     return RunStatus(status, code, why, run.step, run.num_steps, os.getpid())
+
+
+# %% ../nbs/33_jobs.ipynb #4f7f56fc
+def request_stop(run_dir: Path) -> None:
+    "Ask a training to save and end; a STOP file that is there, or is a link, stays as it is."
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(run_dir / "STOP", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
 
 # %% ../nbs/33_jobs.ipynb #cb4c57f5

@@ -347,4 +347,10 @@ class RunFolder:
 
     def verify(self) -> int:
         "Check every file against its hash; the number of files."
-        return verify_checkpoint(self.checkpoint)
+        try:
+            return verify_checkpoint(self.checkpoint)
+        except CorruptData:
+            if not self.is_outdated():
+                raise
+            self.read(newest_checkpoint(self.dir))
+            return self.verify()

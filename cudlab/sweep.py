@@ -9,7 +9,7 @@ __all__ = ['forward_stop', 'train_task', 'evaluate_task', 'run_task',
            'run_here', 'sweep_exit_code', 'stop_on_signals', 'show_live',
            'run_sweep_file']  # fmt: skip
 
-# %% ../nbs/62_sweep.ipynb #ad4d1c35
+# %% ../nbs/62_sweep.ipynb #86f537f1
 import contextlib
 import logging
 import math
@@ -29,9 +29,15 @@ import torch
 
 from .config import count_cores, get_settings, set_threads
 from .create import create_run
-from .disk import is_locked, run_lock
+from .disk import PlainStream, is_locked, run_lock
 from .evaluate import evaluate, parse_evaluation
-from .jobs import TrainingStopped, error_message, get_exit_code, parse_parameters
+from .jobs import (
+    TrainingStopped,
+    error_message,
+    get_exit_code,
+    parse_parameters,
+    request_stop,
+)
 from .plan import (
     Sweep,
     SweepOptions,
@@ -61,7 +67,7 @@ def forward_stop(
     def watch():
         while not over.wait(0.1):
             if stop.exists():
-                (run_dir / "STOP").touch()
+                request_stop(run_dir)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -109,10 +115,10 @@ def run_task(
             set_threads(threads or None)
             work = train_task if task.kind == "train" else evaluate_task
             for event in work(task, sweep.dir / "STOP"):
-                print(event, file=log, flush=True)
+                print(event, file=PlainStream(log), flush=True)
         except Exception as e:
             error = e
-            traceback.print_exc(file=log)
+            traceback.print_exc(file=PlainStream(log))
     record |= {"seconds": time.time() - record["began"], "code": get_exit_code(error)}
     record["why"] = error_message(error) if error else ""
     write_record(sweep, task, record)
@@ -381,7 +387,8 @@ def show_live(
             size = shutil.get_terminal_size()
             text = format_table(rows, size.columns, size.lines - 1)
             clear = f"\x1b[{drawn}F\x1b[J" if drawn else ""
-            print(clear + "\n".join(text), flush=True)
+            getattr(sys.stdout, "stream", sys.stdout).write(clear)  # plain streams escape it
+            print("\n".join(text), flush=True)
             drawn = len(text)
             continue
         for row in rows:

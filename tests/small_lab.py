@@ -1,5 +1,6 @@
-"A lab of six small runs, and the explorer as a process: what the tests of the page share."
+"Six small runs, forged ones, and the explorer as a process: what several test files share."
 
+import json
 import os
 import re
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from cudlab.checkpoint import newest_checkpoint, read_sums
 from cudlab.config import Config
 from cudlab.create import create_run
+from cudlab.disk import hash_bytes
 from cudlab.run import Run
 from cudlab.training import train
 
@@ -63,6 +66,23 @@ def make_lab(folder: Path) -> dict:
     weights = next((folder / "runs" / "damaged-run").rglob("ema.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     return env
+
+
+def vouch(run_dir: Path) -> None:
+    "Make the newest checkpoint's hashes and lengths fit whatever its files are now."
+    folder = newest_checkpoint(run_dir)
+    meta = json.loads((folder / "checkpoint.json").read_bytes())
+    names = [n for n in read_sums(folder) if n not in ("checkpoint.json", "../../config.json")]
+    meta["bytes"] = {n: (folder / n).stat().st_size for n in names}
+    (folder / "checkpoint.json").write_text(json.dumps(meta))
+    write_sums(folder)
+
+
+def write_sums(folder: Path) -> None:
+    "Make the hashes of a checkpoint fit."
+    names = read_sums(folder)
+    lines = [f"{hash_bytes((folder / name).read_bytes())}  {name}\n" for name in names]
+    (folder / "SHA256SUMS").write_text("".join(lines))
 
 
 def wait_for(condition, seconds: float = 120):

@@ -7,13 +7,23 @@ import errno
 import multiprocessing
 import os
 import shutil
+import sys
 
 import filelock
 import pytest
 
 from cudlab import disk
 from cudlab.config import CorruptData
-from cudlab.disk import atomic_write, is_locked, printable, read_file, read_jsonl, run_lock
+from cudlab.disk import (
+    atomic_write,
+    is_locked,
+    plain_streams,
+    printable,
+    read_file,
+    read_jsonl,
+    run_lock,
+)
+from cudlab.jobs import request_stop
 
 
 @pytest.fixture
@@ -56,6 +66,21 @@ def test_a_small_file_is_replaced_and_not_written_through(tmp_path, durable):
     assert (tmp_path / "other").read_text() == "mine"
     atomic_write(tmp_path / "status.json", b"new", durable)
     assert (tmp_path / "status.json").read_text() == "new" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_request_to_stop_follows_no_link(run_dir, tmp_path, exists):
+    if exists:
+        (tmp_path / "other").write_text("mine")
+        os.utime(tmp_path / "other", (1, 1))
+    (run_dir / "STOP").symlink_to(tmp_path / "other")
+    request_stop(run_dir)
+    assert (tmp_path / "other").exists() == exists
+    assert not exists or os.stat(tmp_path / "other").st_mtime == 1
+    (run_dir / "STOP").unlink()
+    request_stop(run_dir)
+    request_stop(run_dir)
+    assert (run_dir / "STOP").read_bytes() == b""
 
 
 # Locks
@@ -121,6 +146,16 @@ def test_a_reader_who_may_not_write_sees_no_lock(run_dir, monkeypatch):
 )
 def test_names_are_shown_without_control_characters(text, shown):
     assert printable(text) == shown
+
+
+def test_what_is_printed_cannot_steer_a_terminal(capsys):
+    with plain_streams():
+        print("\x1b[2J\ra name\x07", "\ud800", "опыт")
+        print("two\tcolumns\nand a line", file=sys.stderr)
+    out, err = capsys.readouterr()
+    assert out == "\\x1b[2J\\ra name\\x07 \\ud800 опыт\n"
+    assert err == "two\tcolumns\nand a line\n"
+    assert not isinstance(sys.stdout, disk.PlainStream)
 
 
 def test_a_long_log_is_read_from_its_end(run_dir):

@@ -7,6 +7,7 @@ import html
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,7 +15,8 @@ import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
+from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import HTTPError
@@ -37,27 +39,14 @@ from small_lab import APP, ROOT, make_lab, start_explorer, stop_explorer, wait_f
 from views import compare, film, form, live, runs, scores, share, tradeoff, trajectory
 
 import jobs
+from cudlab import disk
 from cudlab.config import Config
 from cudlab.create import create_run
 from cudlab.plot import to_pixels
 from cudlab.run import Run
 from cudlab.solver import SOLVERS
 
-GOOD = dict(
-    run="digits-run",
-    weights="ema",
-    head=1,
-    solver="euler",
-    by="steps",
-    amount=4,
-    grid="uniform",
-    seed=0,
-    count=3,
-    label="any",
-    guidance=1.0,
-    lower_order_final="auto",
-    denoise=True,
-)
+GOOD = asdict(request.SampleForm(run="digits-run", amount=4, count=3))
 LEARNED = GOOD | dict(run="moons-run", solver="moons-solver", amount=3)
 SOUND = {"digits-run", "moons-run", "moons-solver", "moons-short", "moons-jumps"}
 
@@ -140,10 +129,6 @@ def complaint(call) -> str:
         call()
     check_sentence(caught.value.message)
     return caught.value.message
-
-
-def test_the_form_is_the_one_the_tests_fill():
-    assert request.FORM_FIELDS == list(GOOD)
 
 
 def test_importing_launches_nothing_and_only_the_app_needs_gradio(app):
@@ -322,6 +307,7 @@ def test_both_counts_are_shown(app, asked, said):
 
 
 NAN = float("nan")
+JSON = {"content-type": "application/json"}
 BAD_RUNS = ["nope", None, 7, "../../etc/passwd", "damaged-run", "digits-rum", "x" * 5000]
 BAD_VALUES = dict(
     run=BAD_RUNS,
@@ -498,7 +484,8 @@ def test_learned_solvers_students_and_teachers_share_an_axis(app):
     assert any("moons-solver" in line for line in lines)
     native = measure(["moons-run"], ["dpmpp-2m"], "2", "native")[-1][0]
     assert line_names(native) == ["moons-run · dpmpp-2m · grid logsnr"]
-    assert "Nothing measured yet" in tradeoff.show_scores(["moons-jumps"], ["euler"])[1]
+    chart, words, table = tradeoff.show_scores(["moons-jumps"], ["euler"])
+    assert chart is None and "Nothing measured yet" in words and not table
 
 
 def test_other_scores_and_the_time_axis(app):
@@ -696,6 +683,24 @@ def test_a_link_opens_what_it_says(app):
     assert locked["n"] == 300 and locked["amount"]["value"] == 1
 
 
+@pytest.mark.parametrize("wanted", ["nope", "damaged-run", "<b>x", "\x1b[2J"])
+def test_a_link_to_a_run_that_is_not_here_says_so_and_opens_no_other(app, wanted):
+    page = arrive(run=wanted, solver="heun", amount="5", view="velocity")
+    assert page["run"]["value"] is None and "digits-run" in str(page["run"]["choices"])
+    assert (
+        page["line"].startswith("<p class='cost bad'") and "is not here or damaged" in page["line"]
+    )
+    assert "<b>" not in page["line"] and "\x1b" not in page["line"]
+    assert page["view"]["selected"] == "velocity" and page["runs"]["choices"]
+    assert list(trajectory.greet(page["run"]["value"])) == [trajectory.show()]
+
+
+def test_what_a_link_gets_wrong_is_said_in_place(app):
+    page = arrive(run="moons-run", solver="nope", amount="x", seed="9")
+    assert page["run"]["value"] == "moons-run" and page["seed"] == 9
+    assert page["line"].count("In the address: ") == 2 and "moon" in page["line"]
+
+
 def test_an_empty_lab_is_a_page_too(app, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("CUDLAB_CHECKPOINTS_PATH", str(tmp_path / "none"))
@@ -734,7 +739,9 @@ def test_a_run_tells_everything(app):
     assert "match their SHA-256" in facts and len(loss.data) == 2
     assert "label_dropout" in config and log.count("<tr>") == 5
     assert make_again(command) == offer.open_run("digits-run").config
-    for name in (None, "nope", 3, "damaged-run"):
+    assert command.endswith(" --name digits-run"), "the same command continues it"
+    assert runs.show_run(None)[1:] == (None, "", "", "")
+    for name in ("nope", 3, "damaged-run"):
         complaint(lambda name=name: runs.show_run(name))
 
 
@@ -767,6 +774,7 @@ def test_the_newest_average_of_a_job_is_measured(app):
 STRANGE_TEXTS = [
     *("../../etc/passwd", "/etc/passwd", "runs/moons-run", "<script>alert(1)</script>"),
     *("'; DROP TABLE runs; --", "\\u0000", "🦆" * 50, "nan", "", "damaged-run", "deleted"),
+    *("\ud800", "\x1b[2J", "a\x00b"),
 ]
 JUNK = st.one_of(
     st.none(),
@@ -929,6 +937,34 @@ def test_open_runs_are_few_and_follow_their_folder(app, lab):
     assert offer.open_run("copy5") is not first
     for copy in copies:
         shutil.rmtree(copy)
+
+
+def test_of_a_long_log_only_the_end_is_read(app, lab, monkeypatch):
+    folder = Path(lab["CUDLAB_RUNS_PATH"])
+    shutil.copytree(folder / "moons-run", folder / "talkative")
+    with open(folder / "talkative" / "metrics.jsonl", "r+b") as f:
+        rows = f.read()
+        f.seek(300 * 2**20)  # of nothing, which takes no room
+        f.write(b"\n" + rows)
+    amounts = []
+    real = disk.open_plain
+
+    class Counted(io.BufferedReader):
+        def read(self, *args):
+            data = super().read(*args)
+            amounts.append(len(data))
+            return data
+
+    monkeypatch.setattr(
+        disk, "open_plain", lambda path: (Counted(real(path)[0].detach()), os.stat(path).st_size)
+    )
+    try:
+        facts, loss, table, _, _ = runs.show_run("talkative")
+        assert len(loss.data) == 2 and table.count("<tr>") > 5
+        assert live.show_job("talkative")[1]
+        assert amounts and max(amounts) <= offer.LOG_BYTES
+    finally:
+        shutil.rmtree(folder / "talkative")
 
 
 @pytest.mark.long
@@ -1125,6 +1161,39 @@ def test_bad_input_through_a_server_leaves_it_alive(connect):
             client.predict(*(GOOD | change).values(), api_name="/sample")
         assert "Traceback" not in str(caught.value) and len(str(caught.value)) <= 260, caught.value
     assert "4</b> steps" in client.predict("heun", "NFE", 8, api_name="/cost")
+
+
+TEXTS = {
+    "fit": ["\ud800", "\ud800", 3],
+    "about": ["\ud800"],
+    "browse": ["all", "all", "\ud800"],
+    "differences": [["\ud800", "moons-run"]],
+    "scores": [["\ud800"], ["\ud800"], "fd", "NFE", "uniform"],
+    "job": [["\ud800"], ["\ud800"], "uniform", "2", 100, "0"],
+    "cost": ["\ud800", "steps", 3, True, "\ud800", "\ud800", 1],
+    "job_state": ["\ud800"],
+    "job_start": ["\ud800", "\ud800"],
+    "paths": ["\ud800", "2-D", *GOOD.values()],
+    **{key: [*(GOOD | {"run": "\ud800"}).values()] for key in ("sample", "errors", "export_csv")},
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_half_a_letter_is_answered_like_any_other_text(address, app, name):
+    "Sent as a browser never would: JSON can spell what UTF-8 cannot."
+
+    def ask(method, path, body=None):
+        connection = HTTPConnection(address[7:-1], timeout=120)
+        connection.request(method, f"/gradio_api/queue/{path}", body, JSON)
+        return connection.getresponse().read().decode()
+
+    page = json.loads(urlopen(f"{address}config", timeout=60).read())
+    calls = {fn["api_name"]: fn["id"] for fn in page["dependencies"]}
+    body = dict(data=TEXTS[name], fn_index=calls[name], session_hash=f"half-{name}")
+    ask("POST", "join", json.dumps(body))
+    said = ask("GET", f"data?session_hash=half-{name}")
+    assert '"msg":"process_completed"' in said and "unexpected" not in said
+    assert "the explorer failed" not in said, said
 
 
 def test_two_clients_do_not_see_each_other(connect, app):

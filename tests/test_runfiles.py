@@ -16,16 +16,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from small_lab import vouch, write_sums
 
 from cudlab.catalog import get_run_info, list_runs
 from cudlab.checkpoint import (
     newest_checkpoint,
-    read_sums,
     save_checkpoint,
 )
 from cudlab.config import Config, CorruptData, get_settings
 from cudlab.create import create_run
-from cudlab.disk import hash_bytes
 from cudlab.jobs import get_exit_code
 from cudlab.run import Run
 from cudlab.runfiles import read_log, run_stamp
@@ -67,22 +66,6 @@ def small(lab: Path, name: str) -> Path:
 
 
 # Forged files
-
-
-def vouch(run_dir: Path) -> None:
-    "Make the newest checkpoint's hashes and lengths fit whatever its files are now."
-    folder = newest_checkpoint(run_dir)
-    meta = json.loads((folder / "checkpoint.json").read_bytes())
-    names = [n for n in read_sums(folder) if n not in ("checkpoint.json", "../../config.json")]
-    meta["bytes"] = {n: (folder / n).stat().st_size for n in names}
-    (folder / "checkpoint.json").write_text(json.dumps(meta))
-    write_sums(folder)
-
-
-def write_sums(folder: Path) -> None:
-    names = read_sums(folder)
-    lines = [f"{hash_bytes((folder / name).read_bytes())}  {name}\n" for name in names]
-    (folder / "SHA256SUMS").write_text("".join(lines))
 
 
 class Evil:

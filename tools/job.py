@@ -167,6 +167,7 @@ def main(notebook: str, *args: str) -> int:
         print(f"there is no notebook {notebook!r}", file=sys.stderr)
         return 2
     from cudlab.config import get_settings
+    from cudlab.disk import links_in
     from cudlab.jobs import error_message, get_exit_code
 
     try:
@@ -179,10 +180,13 @@ def main(notebook: str, *args: str) -> int:
     jobs.mkdir(parents=True, exist_ok=True)
     name = f"{Path(notebook).stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.ipynb"
     error, stopped = execute(request, jobs / name)
-    if run_dir and run_dir.is_dir() and (jobs / name).is_file():
+    if run_dir and run_dir.is_dir() and not links_in(run_dir) and (jobs / name).is_file():
         shutil.copyfile(jobs / name, run_dir / "train.ipynb")
     return report(error, stopped, jobs / name)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]) if len(sys.argv) > 1 else __doc__)
+    from cudlab.disk import plain_streams
+
+    with plain_streams():
+        sys.exit(main(*sys.argv[1:]) if len(sys.argv) > 1 else __doc__)

@@ -16,7 +16,7 @@ from markup import (
     heading_html,
     read_static,
 )
-from offer import is_planar, open_run, solver_names
+from offer import is_planar, open_run, recent_log, solver_names
 from request import Clock, as_one_line, error_line
 
 import jobs
@@ -168,8 +168,8 @@ def show_job(name) -> tuple:
             return describe_job(job), "", "", hidden, "", log
         run = Run(get_run_info(name).dir)
         loss = ""
-        if run.metrics:
-            loss = plot.training_chart(run.metrics).update_layout(uirevision=name).to_json()
+        if rows := recent_log(run):
+            loss = plot.training_chart(rows).update_layout(uirevision=name).to_json()
         return describe_job(job), loss, show_samples(run), *show_quality(run), log
 
 

@@ -19,12 +19,12 @@ from markup import (
     read_static,
     table_html,
 )
-from offer import class_choices, listed_runs, open_run, sound_runs
+from offer import class_choices, listed_runs, open_run, recent_log, sound_runs
 from request import LIMITS, as_one_line, error_line, parse_names
 
 from cudlab import plot
 from cudlab.catalog import RunInfo, config_diff
-from cudlab.config import Config, Options, option
+from cudlab.config import Config, Options, get_settings, option
 from cudlab.flags import flags_of
 from cudlab.methods import METHODS
 from cudlab.run import Run
@@ -153,9 +153,11 @@ def show_differences(names=None) -> str:
 # One run
 
 
-def train_again_command(config: Config) -> str:
-    "The command line that trains this run again."
-    return shlex.join(["cudlab", "train", *flags_of(config)])
+def train_again_command(run: Run) -> str:
+    "The command line that trains this run, or one like it where it ships with the lab."
+    ships = run.dir.parent == get_settings().checkpoints_path
+    name = f"{run.name}-own" if ships else run.name
+    return shlex.join(["cudlab", "train", *flags_of(run.config), "--name", name])
 
 
 def format_number(value: float, deviation: float) -> str:
@@ -192,7 +194,7 @@ def describe_numbers(run: Run) -> str:
 def losses_table(run: Run) -> str:
     "The log of a training as a table, thinned to twenty rows."
     rows = []
-    for line in run.metrics:
+    for line in recent_log(run):
         if "step" in line:
             loss = line.get("loss")
             losses = loss if isinstance(loss, dict) else {"loss": loss}
@@ -206,7 +208,7 @@ def losses_table(run: Run) -> str:
 
 def draw_training(run: Run):
     "The training curve; where a solver was fitted, its error on held-out noise after each batch."
-    chart = plot.training_chart(run.metrics)
+    chart = plot.training_chart(recent_log(run))
     if run.method.trains == "solver":
         dtick = max(1, run.num_steps // 10)
         chart.update_xaxes(title_text="calibration batch", tickformat="d", dtick=dtick)
@@ -262,13 +264,15 @@ def show_run(name) -> tuple:
     """Everything known of a run: summary, training curve and the same as a table, command,
     configuration.
     """
+    if name is None:
+        return caption_html("Choose a run."), None, "", "", ""
     with as_one_line():
         run = open_run(name)
         return (
             summarize_run(run) + describe_files(run),
             draw_training(run),
             losses_table(run),
-            train_again_command(run.config),
+            train_again_command(run),
             config_table(run.config),
         )
 

@@ -192,13 +192,12 @@ def scores_table(scores: list) -> str:
 
 
 def draw_chart(chart: Chart, newest: dict = None) -> tuple:
-    "Chart, protocol in words, and the same as a table."
+    "Chart, if there is anything to draw, protocol in words, and the same as a table."
     scores = find_scores(chart)
     group = largest_protocol(scores, newest)
     drawn = [score for score in group if score.get(chart.value) is not None]
     if not drawn:
-        empty = tradeoff.tradeoff_chart([], chart.value, chart.cost)
-        return empty, describe_nothing(chart, group), ""
+        return None, describe_nothing(chart, group), ""
     others = [score for score in scores if score not in group]
     height = 400 + 18 * max(0, len(group_seeds(drawn)) - 4)
     figure = tradeoff.tradeoff_chart(drawn, chart.value, chart.cost, height=height)

@@ -9,6 +9,7 @@ from offer import class_choices, default_run, open_run, run_choices, solver_name
 from request import ANY, FORM_FIELDS, SampleForm, as_one_line, parse_form
 
 from cudlab.config import Options, get_settings, option
+from cudlab.disk import printable
 from cudlab.dode import NATIVE
 from cudlab.path import GRIDS
 from views import QUICK, remember_fields, run_script, save_file
@@ -112,38 +113,50 @@ def parse_shared_columns(found: dict) -> list:
 ARRIVAL = len(sample_form.FITTED) + 2 + 3 + 3 + 1 + len(CHARTED) + 2 + len(LETTERS) * len(FIELDS)
 
 
-def choose_run(found: dict, wrong: list) -> str | None:
-    "The run a page opens with; what does not go with it is dropped, and said."
+def choose_run(found: dict, wrong: list) -> tuple:
+    """The run that the menus are filled for, and whether it is the one to open: not where another
+    one is asked for. What does not go with it is dropped, and said.
+    """
     wanted = found.get("run", "")
     chosen = default_run(wanted)
     if wanted and chosen != wanted:
-        wrong.append(f"run {wanted[:60]!r} is not here or damaged; this is {chosen!r}")
+        wrong.insert(0, f"run {wanted[:60]!r} is not here or damaged; choose another one")
+        for name in FORM_FIELDS:
+            found.pop(name, None)
+        return chosen, False
     if chosen is None:
-        return None
+        return None, False
     run = open_run(chosen)
     if "solver" in found and found["solver"] not in solver_names(run):
         wrong.append(f"{found.pop('solver')[:60]!r} is not a solver for {chosen}")
     if "label" in found and found["label"] not in (ANY, *class_choices(run)):
         wrong.append(f"class = {found.pop('label')[:40]!r} is not one of {chosen}")
-    return chosen
+    return chosen, True
+
+
+def describe_wrong(wrong: list) -> str:
+    "What of an address cannot be shown, in place; '' if it all can."
+    lines = [escape(f"In the address: {printable(why)}"[:200]) for why in wrong[:3]]
+    return "".join(f"<p class='cost bad' role='status'>{line}</p>" for line in lines)
 
 
 def arrive(request: gr.Request = None) -> tuple:
     "What a page shows on arrival: the runs there are now, and what the address asks for."
     with as_one_line():
         found, wrong = parse_address(dict(request.query_params) if request else {})
-        chosen = choose_run(found, wrong)
-        for why in wrong[:3]:
-            gr.Warning(escape(f"In the address: {why}"[:200]), duration=8)
+        chosen, opens = choose_run(found, wrong)
+        said = describe_wrong(wrong)
         if chosen is None:
-            line = caption_html(f"No run yet. Train one: {code_html('cudlab train')}")
+            line = said or caption_html(f"No run yet. Train one: {code_html('cudlab train')}")
             empty = gr.update(choices=[], value=None)
             return empty, gr.skip(), line, *[gr.skip()] * (ARRIVAL - 3)
         usual = {field.name: field.default for field in fields(View)}
+        line, *fitted = sample_form.on_run(chosen, wanted=found)
         return (
-            gr.update(choices=run_choices(), value=chosen),
+            gr.update(choices=run_choices(), value=chosen if opens else None),
             gr.update(selected=found.get("view", "trajectory")),
-            *sample_form.on_run(chosen, wanted=found),
+            line + said if opens else said,
+            *fitted,
             *update_visible(chosen),
             *update_choice(chosen, found),
             found.get("seed", get_settings().seed),
