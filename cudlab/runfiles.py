@@ -8,7 +8,7 @@ __all__ = ['MEASURED', 'COUNTS', 'NUMBERS', 'FLAGS', 'TEXTS', 'WEIGHTS', 'is_run
            'has_same_protocol', 'is_ordinary', 'is_score_value', 'check_score',
            'is_logged_number', 'check_log_row', 'read_rows', 'read_scores',
            'read_log', 'append_score', 'check_info', 'read_parts', 'take_config',
-           'RunFolder']  # fmt: skip
+           'verify_run', 'RunFolder']  # fmt: skip
 
 # %% ../nbs/31_runfiles.ipynb #413ffeda
 import json
@@ -288,6 +288,18 @@ def take_config(run: "RunFolder") -> None:
     run.weights = tuple(name for name, file in WEIGHTS.items() if file in run.files)
 
 
+# %% ../nbs/31_runfiles.ipynb #d7b880d6
+def verify_run(run: "RunFolder") -> int:
+    "Check every file of its checkpoint, or of a newer one, against its hash; the number of files."
+    try:
+        return verify_checkpoint(run.checkpoint)
+    except CorruptData:
+        if not run.is_outdated():
+            raise
+        run.read(newest_checkpoint(run.dir))
+        return verify_run(run)
+
+
 # %% ../nbs/31_runfiles.ipynb #6b0b6746
 class RunFolder:
     "A run as files: what its JSON says, its log and its scores."
@@ -345,12 +357,4 @@ class RunFolder:
         "Add a score unless one of the same protocol is there; whether it was added."
         return append_score(self.dir, entry)
 
-    def verify(self) -> int:
-        "Check every file against its hash; the number of files."
-        try:
-            return verify_checkpoint(self.checkpoint)
-        except CorruptData:
-            if not self.is_outdated():
-                raise
-            self.read(newest_checkpoint(self.dir))
-            return self.verify()
+    verify = verify_run

@@ -16,7 +16,7 @@ from cudlab.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from cudlab.config import get_settings
+from cudlab.config import CorruptData, get_settings
 from cudlab.disk import run_lock
 from cudlab.run import Run
 
@@ -346,3 +346,19 @@ def test_differences_show_arguments_with_their_value_given_or_not():
     assert rows["args.aim"]["digits-rf"] is None and rows["args.aim"]["digits-cud-aim8"] == 8
     assert rows["args.aim"]["digits-cud"] == found[1].method.aim != 8
     assert "data" not in rows and config_diff(found[:1]) == [] == config_diff([])
+
+
+def test_a_run_whose_checkpoint_was_replaced_meanwhile_is_not_called_damaged(lab):
+    folder = lab("busy")
+    run = Run.open("busy")
+    files = {"ema.safetensors": (run.checkpoint / "ema.safetensors").read_bytes()}
+    meta = {"network": run.network_hash()}
+    shutil.rmtree(run.checkpoint)
+    save_checkpoint(folder, 1, files, meta)
+    run = Run.open("busy")
+    save_checkpoint(folder, 2, files, meta)
+    prune_checkpoints(folder, 1, 0)
+    assert not checkpoint_dir(folder, 1).exists() and run.verify() == 3 and run.step == 2
+    (checkpoint_dir(folder, 2) / "ema.safetensors").unlink()
+    with pytest.raises(CorruptData, match="ema.safetensors is missing"):
+        run.verify()
