@@ -289,6 +289,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'cudlab/distributed.py'),
                                     'cudlab.distributed.World.call': ('distributed.html#world.call', 'cudlab/distributed.py'),
                                     'cudlab.distributed.World.split': ('distributed.html#world.split', 'cudlab/distributed.py'),
+                                    'cudlab.distributed.end_with_parent': ('distributed.html#end_with_parent', 'cudlab/distributed.py'),
                                     'cudlab.distributed.find_lost_ranks': ('distributed.html#find_lost_ranks', 'cudlab/distributed.py'),
                                     'cudlab.distributed.get_world': ('distributed.html#get_world', 'cudlab/distributed.py'),
                                     'cudlab.distributed.has_ended': ('distributed.html#has_ended', 'cudlab/distributed.py'),

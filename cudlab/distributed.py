@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['PEERS', 'ProcessLost', 'has_ended', 'find_lost_ranks', 'World',
-           'get_world', 'init_distributed']  # fmt: skip
+           'get_world', 'end_with_parent', 'init_distributed']  # fmt: skip
 
-# %% ../nbs/02_distributed.ipynb #84d17348
+# %% ../nbs/02_distributed.ipynb #24c194d8
 import contextlib
+import ctypes
 import datetime
 import os
 import platform
+import signal
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -113,6 +116,13 @@ def get_world() -> World:
     return World()
 
 
+# %% ../nbs/02_distributed.ipynb #b9afa47b
+def end_with_parent() -> None:
+    "Where the system can, have it send SIGTERM when the process that started this one is gone."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 # %% ../nbs/02_distributed.ipynb #57ea5152
 @contextlib.contextmanager
 def init_distributed(
@@ -127,6 +137,7 @@ def init_distributed(
     # the end of that group: so import it while there is none
     from torch.distributed.nn import functional  # noqa: F401
 
+    end_with_parent()
     device = find_device()
     backend = "gloo"
     if device.type == "cuda":

@@ -491,6 +491,27 @@ def test_jobs_need_the_token_of_the_terminal(visit, served):
     assert page.evaluate("sessionStorage.getItem('cudlab-token')") == served[1]
 
 
+MARKUP = "<img src=x onerror=window.owned=1>"
+
+
+@pytest.mark.long
+def test_a_name_of_markup_is_text_in_every_view(visit, lab):
+    folder = Path(lab["CUDLAB_RUNS_PATH"])
+    shutil.copytree(folder / "moons-run", folder / MARKUP)
+    try:
+        page = visit(run="%3Cimg%20src=x%20onerror=window.owned=1%3E")
+        wait_for_points(page)
+        press_button(page, "Share what is on screen", exact=False)
+        for name in READY:
+            go_to(page, name)
+            page.locator(READY[name]).first.wait_for()
+            page.evaluate(QUIET)
+        assert page.evaluate("window.owned") is None
+        page.get_by_text(MARKUP).first.wait_for(state="attached")
+    finally:
+        shutil.rmtree(folder / MARKUP)
+
+
 class Proxy(BaseHTTPRequestHandler):
     "Serves under /lab what another server serves at its root."
 

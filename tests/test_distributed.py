@@ -185,3 +185,15 @@ def test_a_signal_stops_a_world_within_a_step(lab, start, sign):
     assert process.returncode and run.verify()
     told = [line for line in out.splitlines() if line.startswith("step ")]
     assert len(told) == len(set(told)), "more than the first process speaks"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system cannot tell a process")
+def test_a_launcher_that_is_killed_leaves_no_worker_behind(lab, start):
+    process = start(2, LONG)
+    wait_for_steps(process)
+    workers = ranks(process)
+    process.kill()
+    gone, alive = psutil.wait_procs(workers, timeout=100)
+    assert len(gone) == 2 and not alive
+    run = Run.open("team")
+    assert read_status(run.dir).status == "stopped" and run.verify() and run.step >= 15
