@@ -8,8 +8,8 @@ __all__ = ['LIST_ROW', 'COMMANDS', 'report_error', 'sigterm_as_interrupt',
            'train_parameters', 'print_training', 'train_command', 'resume_command',
            'format_run', 'list_command', 'show_command', 'verify_command',
            'print_events', 'evaluate_command', 'sample_command', 'sweep_command',
-           'export_command', 'import_command', 'format_commands', 'run_command',
-           'main']  # fmt: skip
+           'export_command', 'import_command', 'data_command', 'format_commands',
+           'run_command', 'main']  # fmt: skip
 
 # %% ../nbs/63_cli.ipynb #b6fc4efc
 import argparse
@@ -338,12 +338,39 @@ def import_command(argv: list) -> None:
         print(import_path(given["source"], options))
 
 
-# %% ../nbs/63_cli.ipynb #a26d9d59
+# %% ../nbs/63_cli.ipynb #7a2bff53
+def data_command(argv: list) -> None:
+    "cudlab data"
+    from cudlab.data import load_data
+    from .summary import (
+        DataOptions,
+        format_summary,
+        name_data,
+        save_sheet,
+        sheet_path,
+        summarize_data,
+    )
+
+    parser = Parser("data", "Say what is understood of a data set, and show 16 pictures of it.")
+    parser.add_argument("data", help="a name, or a folder's PATH or PATH@SIZE")
+    add_flags(parser, DataOptions)
+    given = parser.read(argv)
+    name = name_data(given.pop("data"))
+    options = from_dict(DataOptions, parse_fields(DataOptions, given))
+    path = sheet_path(name, options)
+    data = load_data(name, options.split)
+    print(*format_summary(summarize_data(data)), sep="\n")
+    save_sheet(data, path)
+    print(f"{'sheet':9} {path}")
+
+
+# %% ../nbs/63_cli.ipynb #87ae03c9
 COMMANDS = {
     "train": (train_command, "train a run, or continue the one of the same configuration"),
     "resume": (resume_command, "continue a run by its name"),
     "list": (list_command, "all runs"),
     "show": (show_command, "what is known of a run"),
+    "data": (data_command, "what is understood of a data set, and a sheet of 16 pictures"),
     "verify": (verify_command, "check every file of a run against its hash"),
     "evaluate": (evaluate_command, "quality against network calls"),
     "sample": (sample_command, "samples as files"),

@@ -6,8 +6,9 @@
 __all__ = ['BOUNDS', 'TYPE_NAMES', 'TRUTHS', 'VALUE', 'option', 'did_you_mean',
            'lookup', 'check_range', 'validate', 'Options', 'from_dict',
            'parse_value', 'parse_texts', 'Config', 'CorruptData', 'error_of',
-           'Settings', 'strip_comments', 'unquote', 'read_settings', 'get_settings',
-           'best_device', 'find_device', 'count_cores', 'set_threads']  # fmt: skip
+           'printable', 'Settings', 'strip_comments', 'unquote', 'read_settings',
+           'get_settings', 'best_device', 'find_device', 'count_cores',
+           'set_threads']  # fmt: skip
 
 # %% ../nbs/00_config.ipynb #d08f293e
 import configparser
@@ -240,6 +241,15 @@ def error_of(fn, *args, **kwargs) -> str:
     except ValueError as e:
         return str(e)
     raise AssertionError(f"{getattr(fn, '__name__', fn)} accepted {args} {kwargs}")
+
+
+# %% ../nbs/00_config.ipynb #1334c11e
+def printable(text) -> str:
+    "A text of a stranger as it can be shown: control characters and broken letters are escaped."
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # %% ../nbs/00_config.ipynb #c32b121a

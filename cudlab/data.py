@@ -8,17 +8,26 @@ __all__ = ['POINTS', 'JPEG_NOTE', 'DATA', 'Data', 'sample_gaussians',
            'load_points', 'Images', 'make_images', 'load_images', 'load_digits',
            'load_folder', 'load_data']  # fmt: skip
 
-# %% ../nbs/03_data.ipynb #b1f98e37
+# %% ../nbs/03_data.ipynb #e5899586
 import hashlib
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 
-from .config import did_you_mean, get_settings
-from .readers import crop_square, find_arrays, list_folder, load_cached
+from .config import CorruptData, did_you_mean, get_settings
+from .folders import (
+    choose_side,
+    crop_square,
+    list_folder,
+    parse_folder,
+    survey_files,
+)
+from .pictures import Source, is_grey, source_of, stack_pictures
+from .readers import READER, describe, find_arrays, load_cached, stamp_file
 from .rng import Rng
 
 
@@ -34,6 +43,7 @@ class Data:
     flip: bool = False  # mirror half of the images in training
     note: str = ""  # what to know beside a score on this data
     device: str = "cpu"  # where the samples live
+    source: Source = None  # what was understood of pictures from outside
 
     def batch(
         self,
@@ -195,13 +205,13 @@ class Images(Data):
 def make_images(name: str, split: str, device: str, arrays: dict, **about) -> Images:
     "An `Images` on `device` from decoded arrays; `about` gives flip and note."
     images, labels = torch.from_numpy(arrays["images"]), arrays.get("labels")
-    classes = arrays.get("classes", [])
     if labels is not None:
-        classes = arrays.get("classes", range(int(labels.max()) + 1))
         labels = torch.from_numpy(labels.astype(np.int64)).to(device)
     pixels = {"images": images.to(device), "labels": labels}
-    names = [str(c) for c in classes]
-    return Images(name, split, tuple(images.shape[1:]), names, device=device, **pixels, **about)
+    classes = [str(c) for c in arrays.get("classes", [])]
+    source = Source(**json.loads(str(arrays["source"]))) if "source" in arrays else None
+    about |= {"device": device, "source": source}
+    return Images(name, split, tuple(images.shape[1:]), classes, **pixels, **about)
 
 
 def load_images(name: str, split: str, device: str, repo: str = "", **about) -> Images:
@@ -225,7 +235,8 @@ def load_digits(name: str, split: str, device: str) -> Images:
     order = Rng(0).permutation("digits split", len(scans.target)).numpy()
     order = order[:1500] if split == "train" else order[1500:]
     images = np.round(scans.images[order] * (255 / 16)).astype(np.uint8)[:, None]
-    return make_images(name, split, device, {"images": images, "labels": scans.target[order]})
+    arrays = {"images": images, "labels": scans.target[order], "classes": range(10)}
+    return make_images(name, split, device, arrays)
 
 
 # %% ../nbs/03_data.ipynb #aae7fd63
@@ -235,24 +246,33 @@ def load_folder(
     device: str,
 ) -> Images:
     "A folder of images as a data set; sub-folders are classes."
-    root, files, size = list_folder(name, split)
+    root, size = parse_folder(name)
+    folder = list_folder(name, root)
+    files = folder.files[split]
+    if not files:
+        raise CorruptData(
+            f"data = {name!r}: every tenth image is the test split, and {root} has fewer than ten"
+        )
 
     def decode():
-        side = size or min(64, len(crop_square(files[0], None, name)))
-        images = [crop_square(p, side, name) for p in files]
-        if any(image.ndim == 3 for image in images):  # one coloured picture colours all
-            images = [np.broadcast_to(i.reshape(side, side, -1), (side, side, 3)) for i in images]
-        images = np.stack(images).reshape(len(images), side, side, -1).transpose(0, 3, 1, 2)
-        arrays = {"images": np.ascontiguousarray(images)}
-        owners = [p.relative_to(root).parts[0] if p.parent != root else "" for p in files]
-        if any(owners):
-            arrays["classes"] = np.array(sorted(set(owners)))
-            arrays["labels"] = np.searchsorted(arrays["classes"], owners)
-        return arrays
+        kinds = survey_files(folder.all_files, name)
+        side = size or choose_side(folder, kinds[0], name)
+        is_coloured = not all(is_grey(kind.mode) for kind in kinds)
+        images = stack_pictures([crop_square(p, side, name) for p in files], is_coloured)
+        kind_by_file = dict(zip(folder.all_files, kinds))
+        source = source_of([kind_by_file[p] for p in files])
+        return {"images": images, "source": describe(source)}
 
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    arrays = load_cached(f"{name} {split} {stats}", f"folder-{root.name}", decode)
-    return make_images(name, split, device, arrays)
+    stamps = [stamp_file(path) for path in folder.all_files]
+    key = f"reader {READER} {name} {split} {folder.layout} {stamps}"
+    arrays = load_cached(key, f"folder-{root.name}", decode)
+    owners = folder.classes[split]
+    if owners:
+        arrays["classes"] = np.array(folder.class_names)
+        arrays["labels"] = np.searchsorted(arrays["classes"], owners)
+    images = make_images(name, split, device, arrays)
+    images.source = replace(images.source, **folder.about(split))
+    return images
 
 
 # %% ../nbs/03_data.ipynb #40fb2d33

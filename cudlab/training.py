@@ -348,6 +348,8 @@ def train_loop(
         f"{'from' if first else 'starts at'} step {first}"
     )
     yield TrainEvent("start", text, first, run.num_steps)
+    if leg.data.source:
+        yield TrainEvent("data", f"data: {leg.data.source}", first, run.num_steps)
     yield from prepare_leg(leg, stop)
     yield from run_leg(leg, stop, minutes, until)
     took = format_time(time.perf_counter() - leg.began)

@@ -132,7 +132,7 @@ def test_parquet_is_read_and_then_cached(lab, monkeypatch):
     assert np.array_equal(first.images.numpy()[:, 0], np.stack(images))
     assert first.classes == ["zero", "one"] and first.labels.tolist() == [0, 1] * 6
     assert first.all()[0].min() >= -1 and first.all()[0].max() <= 1
-    monkeypatch.setattr(readers, "decode_table", lambda table: pytest.fail("decoded twice"))
+    monkeypatch.setattr(readers, "decode_table", lambda *a: pytest.fail("decoded twice"))
     assert load_data("mnist").hash == first.hash
 
 
@@ -190,9 +190,12 @@ def test_unfit_npz(lab):
     pixels = np.zeros((3, 1, 4, 4), np.uint8)
     for arrays, says in (
         ({"pictures": np.zeros(3)}, "no array images"),
-        ({"images": pixels.astype(float)}, "float64"),
-        ({"images": pixels[:, 0]}, "(3, 4, 4)"),
+        ({"images": pixels + 1.5}, "float64"),
+        ({"images": pixels.astype(int)}, "int64"),
+        ({"images": pixels[:, 0, 0]}, "(3, 4)"),
         ({"images": pixels[:0]}, "(0, 1, 4, 4)"),
+        ({"images": np.zeros((3, 4, 4, 4), np.uint8)}, "1 or 3 channels"),
+        ({"images": pixels, "labels": np.arange(3), "classes": 3}, "classes has shape ()"),
         ({"images": pixels, "labels": np.arange(2)}, "labels"),
         ({"images": np.array([{}], dtype=object)}, "not readable"),
     ):
@@ -216,11 +219,12 @@ def test_parquet_with_broken_or_uneven_images(lab):
     (lab / "mnist").mkdir()
     file = lab / "mnist" / "train.parquet"
     pq.write_table(pa.table({"image": [{"bytes": b"no image", "path": ""}], "label": [0]}), file)
-    assert "cannot identify" in error_of(load_data, "mnist")
+    message = error_of(load_data, "mnist")
+    assert "row 0: not a whole picture in a format" in message and "0x" not in message
     write_parquet(file, [np.zeros((4, 4), np.uint8), np.zeros((5, 4), np.uint8)], [0, 1])
-    assert "image 1 is 5x4, the first one 4x4" in error_of(load_data, "mnist")
+    assert "row 1 is 5x4, the first one 4x4" in error_of(load_data, "mnist")
     pq.write_table(pa.table({"words": ["a"]}), file)
-    assert "no column image or img" in error_of(load_data, "mnist")
+    assert "no column image or images or img" in error_of(load_data, "mnist")
 
 
 def test_missing_data_says_the_three_ways(lab, monkeypatch):
