@@ -170,5 +170,4 @@ def test_r1_is_felt_beside_the_adversarial_loss():
         adversarial = logistic_loss(fakes, 1) + logistic_loss(reals, -1)
         r1 = gdd.lazy * gdd.gamma / 2 * gradient_penalty(reals, real, gdd.r1)
         ratio = norm_of(r1, trained) / norm_of(adversarial, trained)
-    print(ratio)
     assert 0.05 < ratio < 20, ratio
