@@ -212,6 +212,10 @@ def list_folder(
         raise CorruptData(f"{where}: in {printable(root)} {e}") from None
     if roles:
         return split_by_folders(root, groups, roles, left_out)
+    if len(groups) == 1 and "" not in groups:  # a folder in a folder, as archives unpack to
+        inner = list_folder(name, root / next(iter(groups)))
+        if inner.layout.startswith("splits "):
+            return inner
     return split_by_tenths(root, files, left_out)
 
 

@@ -162,6 +162,12 @@ def check_origin(
             f"(hash {data.hash}, not {str(run.info['data']['hash'])[:20]}); bring that back, or "
             "choose another name="
         )
+    if run.config.classes and list(data.classes) != list(run.classes):
+        raise CorruptData(
+            f"data = {run.config.data!r} has other classes than run {run.name!r} was started with "
+            f"({len(data.classes)}, not {len(run.classes)}); bring those back, or choose another "
+            "name="
+        )
     if teacher and teacher.network_hash() != run.info["teacher"]["network"]:
         raise ValueError(
             f"run {run.name!r} was started with another network than its teacher "

@@ -5,6 +5,7 @@ its splits and classes, and one line for what makes no sense.
 import io
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from PIL import Image
 from test_data import pictures, png
 
 from cudlab.cli import main
-from cudlab.config import error_of
+from cudlab.config import Config, CorruptData, error_of
+from cudlab.create import create_run
 from cudlab.data import load_data
+from cudlab.jobs import TrainingStopped
 from cudlab.labels import name_classes, number_labels, parse_labels
 from cudlab.pictures import read_picture, scale_to_bytes
+from cudlab.run import Run
+from cudlab.training import train
 
 RAMP = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
 UPRIGHT = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
@@ -308,6 +313,9 @@ def test_which_folders_are_splits_and_which_are_classes(lab, tmp_path):
     place = write_pictures(tmp_path / "b", *(f"train/x/{k}.png" for k in range(10)))
     assert load_data(f"folder:{place}").classes == ["x"]
     assert len(load_data(f"folder:{place}", "test")) == 1
+    place = write_pictures(tmp_path / "deep", "pets/train/x/1.png", "pets/test/x/2.png")
+    assert load_data(f"folder:{place}").classes == ["x"]
+    assert len(load_data(f"folder:{place}", "test")) == 1
     place = write_pictures(tmp_path / "c", "test/1.png", "val/2.png")
     assert "no train beside it" in error_of(load_data, f"folder:{place}")
     place = write_pictures(tmp_path / "d", "train/1.png", "training/2.png", "test/3.png")
@@ -352,6 +360,22 @@ def test_both_splits_have_the_same_side(lab, tmp_path):
 def test_an_archive_is_named_as_one(lab, tmp_path):
     (tmp_path / "pets.zip").write_bytes(b"PK")
     assert "unpack it first" in error_of(load_data, f"folder:{tmp_path / 'pets.zip'}@8")
+
+
+def test_a_run_goes_on_with_the_classes_it_was_started_with(lab, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
+    names = [f"{split}/{kind}/1.png" for split in ("train", "test") for kind in ("cat", "dog")]
+    place = write_pictures(tmp_path / "pets", *names)
+    config = dict(method="rf", data=f"folder:{place}", classes=True, steps=2, batch=2, warmup=1)
+    run = create_run(Config(**config, net="digits"), "pets")
+    with pytest.raises(TrainingStopped):
+        list(train(run, until=1))
+    write_pictures(place, "test/ant/1.png")
+    with pytest.raises(CorruptData, match="has other classes than run 'pets'"):
+        list(train(Run(run.dir)))
+    shutil.rmtree(place / "test" / "ant")
+    events = [str(event) for event in train(Run(run.dir))]
+    assert events[1].startswith("data: 2 pictures; 8x8 pixels; mode L; classes from sub-folders")
 
 
 # Tables and arrays
