@@ -5,10 +5,15 @@ The plain loop is what one would write first: float32, default memory layout, ev
 separately (the stages, the target of each head, then
 the training forward), the optimiser's default, a Python loop for the average. Ours is `fit` as it
 stands. Blocks of steps alternate, so that both see the
-same machine, and the median of their ratios is printed. What each lever gave by itself is in
-bench/NOTES.md.
+same machine, and the median of their ratios is printed: by the clock, and by processor time,
+which other work on the machine disturbs less. Beside them stand the ceilings of the same process, a
+matrix product and a 3x3 convolution of this network, and the share of the convolution's that a
+step reaches.
+What each lever gave by itself is in bench/NOTES.md.
 
     python bench/train_step.py               seconds of a step
+    python bench/train_step.py --float32     ours in float32 too; a CPU with neither AVX-512 nor
+    bfloat16 is ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 before it
     python bench/train_step.py --compile     ours with torch.compile, a minute of set-up for each K
     python bench/train_step.py --loss        both loops for 200 steps on the same batches: mean loss
     of the last 50, three seeds (an hour)
@@ -21,6 +26,9 @@ import time
 from functools import partial
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cudlab.config import Config, set_threads
 from cudlab.cud import CUD, lookahead_states, sample_times
@@ -30,7 +38,8 @@ from cudlab.net import make_network
 from cudlab.path import linear
 from cudlab.rng import Rng
 
-BATCH, BLOCK, ROUNDS, LOW = 32, 3, 7, 1e-5
+BATCH, BLOCK, ROUNDS, LOW = 32, 1, 9, 1e-5
+DTYPE = "float32" if "--float32" in sys.argv else "auto"
 
 
 def clamped_velocity(net, x, t):
@@ -90,7 +99,7 @@ def plain(data, heads, seed=0):
 def ours(data, heads, seed=0):
     "The same training through `fit`."
     torch.manual_seed(seed)
-    config = Config(batch=BATCH, steps=10**6, schedule="constant", seed=seed)
+    config = Config(batch=BATCH, steps=10**6, schedule="constant", seed=seed, dtype=DTYPE)
     net = make_network("mnist", data.shape, heads=heads)
     if "--compile" in sys.argv:
         net.compile()
@@ -99,26 +108,73 @@ def ours(data, heads, seed=0):
         yield tick.losses["net"].item()
 
 
+CLOCKS = {"clock": time.perf_counter, "processor": time.process_time}
+
+
+def ceilings(dtype, clock):
+    "GFLOP/s of a matrix product and of a 3x3 convolution of this network, by one of CLOCKS."
+    a, x = torch.randn(1024, 1024).to(dtype), torch.randn(BATCH, 64, 28, 28).to(dtype)
+    kernel = torch.randn(64, 64, 3, 3).to(dtype)
+    work = {
+        "matrix product": (partial(torch.matmul, a, a), 2 * 1024**3),
+        "3x3 convolution": (partial(F.conv2d, x, kernel, padding=1), 2 * 9 * 64**2 * 784 * BATCH),
+    }
+    found = {}
+    with torch.no_grad():
+        for name, (action, operations) in work.items():
+            seconds = []
+            for _ in range(ROUNDS + 1):
+                began = clock()
+                action()
+                seconds.append(clock() - began)
+            found[name] = operations / statistics.median(seconds[1:]) / 1e9
+    return found
+
+
+def count_operations(loop):
+    "Operations of a step, in GFLOP."
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        next(loop)
+    return counter.get_total_flops() / 1e9
+
+
+def measure(loops):
+    "Seconds of a step of each loop, a round each: by the clock, and of the processor."
+    found = {name: [] for name in loops}
+    for _ in range(ROUNDS + 1):
+        for name, loop in loops.items():
+            began = [clock() for clock in CLOCKS.values()]
+            for _ in range(BLOCK):
+                next(loop)
+            ended = [clock() for clock in CLOCKS.values()]
+            found[name].append([(b - a) / BLOCK for a, b in zip(began, ended)])
+    return {name: rounds[1:] for name, rounds in found.items()}
+
+
 def speed(heads):
     "The ratio for one K."
     data = Pictures()
     loops = {"plain": plain(data, heads), "cudlab": ours(data, heads)}
-    seconds = {name: [] for name in loops}
-    for _ in range(ROUNDS + 1):
-        for name, loop in loops.items():
-            began = time.perf_counter()
-            for _ in range(BLOCK):
-                next(loop)
-            seconds[name].append((time.perf_counter() - began) / BLOCK)
-    ratios = sorted(a / b for a, b in zip(seconds["plain"][1:], seconds["cudlab"][1:]))
-    best = {name: BATCH / statistics.median(s[1:]) for name, s in seconds.items()}
-    dtype = str(compute_dtype(Config(), torch.device("cpu"), data.shape)).removeprefix("torch.")
+    operations = {name: count_operations(loop) for name, loop in loops.items()}
+    seconds = measure(loops)
+    dtype = compute_dtype(Config(dtype=DTYPE), torch.device("cpu"), data.shape)
     print(
         f"training step, K = {heads}, 2.16 M network, batch {BATCH}, {torch.get_num_threads()} "
-        f"threads, {dtype}: {best['cudlab']:.1f} img/s, plain loop {best['plain']:.1f}, "
-        f"{statistics.median(ratios):.2f} x (rounds {ratios[0]:.2f} to {ratios[-1]:.2f})",
-        flush=True,
+        f"threads, {str(dtype).removeprefix('torch.')}"
     )
+    for i, (name, clock) in enumerate(CLOCKS.items()):
+        ceiling = ceilings(dtype, clock)["3x3 convolution"]
+        pairs = zip(seconds["plain"], seconds["cudlab"])
+        ratios = sorted(a[i] / b[i] for a, b in pairs)
+        middle = {loop: statistics.median(r[i] for r in rounds) for loop, rounds in seconds.items()}
+        reached = {loop: operations[loop] / middle[loop] / ceiling for loop in loops}
+        print(
+            f"  by the {name}: {BATCH / middle['cudlab']:.1f} img/s, plain loop "
+            f"{BATCH / middle['plain']:.1f}, {statistics.median(ratios):.2f} x (rounds "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}); share of the convolution's ceiling "
+            f"{reached['cudlab']:.0%}, plain loop {reached['plain']:.0%}",
+            flush=True,
+        )
 
 
 def losses(steps=200, last=50):
@@ -142,5 +198,8 @@ if __name__ == "__main__":
     if "--loss" in sys.argv:
         losses()
     else:
+        used = compute_dtype(Config(dtype=DTYPE), torch.device("cpu"), Pictures.shape)
+        for what, rate in ceilings(used, time.perf_counter).items():
+            print(f"ceiling, {what}, {used}: {rate:.0f} GFLOP/s")
         for heads in (1, 2, 3):
             speed(heads)

@@ -7,7 +7,7 @@ __all__ = ['AS_PUBLISHED', 'NETS', 'CACHED', 'embed_time', 'Condition', 'Network
            'MLP', 'init_near_zero', 'make_conv', 'make_norm', 'Attention', 'Block',
            'prior_shakedrop', 'init_ddpmpp', 'make_encoder', 'make_decoder',
            'make_head', 'check_halvings', 'UNet', 'choose_network', 'make_network',
-           'Velocity']  # fmt: skip
+           'call_in_parts', 'Velocity']  # fmt: skip
 
 # %% ../nbs/05_net.ipynb #3e227e38
 import math
@@ -73,8 +73,6 @@ class Condition(nn.Module):
 # %% ../nbs/05_net.ipynb #5d9d4dab
 class Network(nn.Module):
     "What velocity networks share: `outs`, one output layer a head, on the last features."
-
-    companion_options = {}  # those that a smaller network trained beside it should have as well
 
     def __init__(self, shape: tuple, classes: int, heads: int, times: int):
         super().__init__()
@@ -227,9 +225,8 @@ def init_ddpmpp(
     net: nn.Module,  # a UNet of the lab
 ) -> None:
     "Draw a UNet's weights anew as DDPM++ does."  # 2206.00364
-    second = net.condition.second
     for module in net.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not second:
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not net.condition.second:
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     for module in net.modules():
@@ -312,6 +309,7 @@ class UNet(Network):
     ):
         super().__init__(shape, classes, heads, times)
         check_halvings(shape, len(mult) - 1)
+        # what a smaller network trained beside it should share
         self.companion_options = dict(dropout=dropout, init=init, time_scale=time_scale)
         plan, emb, self.phi0 = (width, mult, blocks, shape[1], attention, dropout), 4 * width, phi0
         self.condition = Condition(width, emb, classes, times, time_scale)
@@ -389,8 +387,22 @@ def make_network(
     return preset(tuple(shape), **options)
 
 
-# %% ../nbs/05_net.ipynb #84073fd4
+# %% ../nbs/05_net.ipynb #80746d37
 CACHED = 2**14
+
+
+def call_in_parts(
+    f: Callable,  # f(x, t, ...) -> v
+    x: Tensor,  # states, (B, *S)
+    *others: Tensor,  # t (B,) and what else has a row for each sample, or None
+    most: int = CACHED,  # input values of a part
+) -> Tensor:
+    "f of a batch, in parts that fit a CPU's cache where no gradients are asked for."
+    parts = min(len(x), -(-x.numel() // most))
+    if parts < 2 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return f(x, *others)
+    rows = (parts * [None] if a is None else a.tensor_split(parts) for a in (x, *others))
+    return torch.cat([f(*row) for row in zip(*rows)])
 
 
 # %% ../nbs/05_net.ipynb #47baf446
@@ -426,11 +438,7 @@ class Velocity:
 
     def call(self, x: Tensor, t: Tensor, y: Tensor, *r: Tensor) -> Tensor:
         "The same, in parts that fit a CPU's cache."
-        parts = min(len(x), -(-x.numel() // CACHED))
-        if parts < 2 or x.device.type != "cpu" or torch.is_grad_enabled():
-            return self.call_head(x, t, y, *r)
-        rows = (parts * [None] if a is None else a.tensor_split(parts) for a in (x, t, y, *r))
-        return torch.cat([self.call_head(*row) for row in zip(*rows)])
+        return call_in_parts(self.call_head, x, t, y, *r)
 
     def __call__(self, x: Tensor, t: Tensor, *r: Tensor) -> Tensor:
         "x (B, *S), t (B,) -> v; with r (B,), in networks of two times, the average from t to r."

@@ -11,7 +11,13 @@ from torch import nn
 
 from cudlab.config import Config
 from cudlab.create import create_run
-from cudlab.cud import CUD, aim_weights, lookahead_states, mean_lookahead
+from cudlab.cud import (
+    CUD,
+    aim_weights,
+    lookahead_states,
+    mean_lookahead,
+    valid_lookaheads,
+)
 from cudlab.fit import fit
 from cudlab.jobs import parse_parameters
 from cudlab.methods import make_method
@@ -406,3 +412,26 @@ def test_the_first_weights_of_a_seed_stay_what_they_were(name, shape, total):
     net = make_network(name, shape, heads=2, classes=3)
     found = sum(p.double().abs().sum().item() for p in net.parameters())
     assert found == pytest.approx(total, rel=1e-6)
+
+
+# Targets in parts
+
+
+def test_targets_are_the_same_in_parts_whole_and_without_the_rows_nobody_wants(monkeypatch):
+    objective, sizes = small_objective(3, target="eval", mask="head"), []
+    x, line = draw_noise(0, 40, SHAPE), draw_noise(1, 40, SHAPE)
+    t, h = Rng(0).uniform("t", 40), torch.full((40,), 1 / 16)
+    wanted = sum(ok.sum().item() for ok in valid_lookaheads(t, h, 3, "head", "continuous", 1e-5))
+    assert 0 < wanted < 120
+    objective.net.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    whole = torch.cat(objective.targets(x, t, h, line, line, None))
+    assert sizes == [40, 40, wanted]  # two stages, then every target that counts
+    sizes.clear()
+    monkeypatch.setattr("cudlab.cud.TRAINED", 10 * 64)
+    parts = torch.cat(objective.targets(x, t, h, line, line, None))
+    assert max(sizes) <= 10 and sum(sizes) == 80 + wanted
+    assert (whole - parts).abs().max() <= 1e-5 * whole.abs().max()
+    sizes.clear()
+    objective.net._compiled_call_impl = objective.net._call_impl  # one shape for the compiler
+    fixed = torch.cat(objective.targets(x, t, h, line, line, None))
+    assert sum(sizes) == 200 and (whole - fixed).abs().max() <= 1e-5 * whole.abs().max()
