@@ -309,7 +309,6 @@ class UNet(Network):
     ):
         super().__init__(shape, classes, heads, times)
         check_halvings(shape, len(mult) - 1)
-        # what a smaller network trained beside it should share
         self.companion_options = dict(dropout=dropout, init=init, time_scale=time_scale)
         plan, emb, self.phi0 = (width, mult, blocks, shape[1], attention, dropout), 4 * width, phi0
         self.condition = Condition(width, emb, classes, times, time_scale)
