@@ -8,8 +8,8 @@ __all__ = ['SUMS', 'CONFIG', 'LINE', 'checkpoint_dir', 'step_of', 'is_complete',
            'prune_checkpoints', 'remove_leftovers', 'is_logged_after',
            'trim_metrics', 'read_sums', 'read_verified', 'is_cost', 'read_meta',
            'verify_checkpoint', 'find_damage', 'restore_hint', 'check_int',
-           'load_strict', 'max_file_size', 'pack_modules', 'save_weights',
-           'save_optimizer', 'lay_out', 'load_optimizer']  # fmt: skip
+           'load_strict', 'max_file_size', 'check_finite_weights', 'pack_modules',
+           'save_weights', 'save_optimizer', 'lay_out', 'load_optimizer']  # fmt: skip
 
 # %% ../nbs/29_checkpoint.ipynb #67d0779e
 import contextlib
@@ -327,17 +327,27 @@ def max_file_size(
     return 2**26 + 32 * sum(v.nbytes for m in modules for v in m.state_dict().values())
 
 
-# %% ../nbs/29_checkpoint.ipynb #a89cedc1
+# %% ../nbs/29_checkpoint.ipynb #78240bdd
+def check_finite_weights(
+    modules: dict,  # name -> module
+) -> None:
+    "Raise `Diverged` if the state of a module is not finite."
+    for player, module in modules.items():
+        for key, value in module.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise Diverged(f"numbers in {player}.{key} are not finite; they are not saved")
+
+
+# %% ../nbs/29_checkpoint.ipynb #4b0637c9
 def pack_modules(
     modules: dict,  # name -> module
 ) -> bytes:
     "The state of modules as a safetensors file; `Diverged` if it is not finite."
+    check_finite_weights(modules)
     tensors = {}
     for player, module in modules.items():
         for key, value in module.state_dict().items():
             tensors[f"{player}.{key}"] = value.detach().cpu().contiguous()
-            if not torch.isfinite(tensors[f"{player}.{key}"]).all():
-                raise Diverged(f"numbers in {player}.{key} are not finite; they are not saved")
     return safetensors.torch.save(tensors)
 
 

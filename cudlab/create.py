@@ -206,7 +206,7 @@ def create_run(
     device: str = "",  # where it will be trained
 ) -> Run:
     """The run of a configuration: a new folder, or the existing one of exactly this configuration.
-    What was built for a new one is kept in `run.built`, so that `train` need not build it again.
+    What was built for a new one goes along, so that `train` need not build it again.
     """
     run_dir = resolve_run_dir(config, name)
     built = None
@@ -216,5 +216,5 @@ def create_run(
         write_new_run(run_dir, describe_run(config, *built, teacher), save_weights(built[0]))
     run = Run(run_dir)
     run.config = replace(run.config, **{key: getattr(config, key) for key in RUNTIME_KEYS})
-    run.built = built
+    run.keep_built(built)
     return run

@@ -7,10 +7,11 @@ __all__ = ['SCALES', 'LAYERS', 'ATTENTION_LAYERS', 'WRAPPERS', 'COUNTERS',
            'LEFT_BEHIND', 'map_blocks', 'map_edm_names', 'open_weights',
            'list_some', 'unwrap_names', 'is_mean_filter', 'recognize_weights',
            'find_misfits', 'reorder_edm', 'load_foreign_weights', 'edm_denoiser',
-           'ImportOptions', 'Imported', 'check_free', 'not_copied', 'import_run',
-           'start_with', 'import_weights', 'import_path']  # fmt: skip
+           'ImportOptions', 'Imported', 'check_free', 'not_copied', 'make_room',
+           'import_run', 'import_weights', 'import_path']  # fmt: skip
 
-# %% ../nbs/61_imports.ipynb #67122fdd
+# %% ../nbs/61_imports.ipynb #2c53954f
+import contextlib
 import os
 import shutil
 import tempfile
@@ -18,14 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import filelock
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import save_weights
 from .config import Config, get_settings, option
-from .create import create_run, resolve_run_dir, write_new_run
-from .disk import hash_bytes
-from .methods import make_method
+from .create import describe_run, open_teacher, resolve_run_dir, write_new_run
+from .disk import acquire_lock, hash_bytes
+from .methods import build_objective, make_method
 from .net import UNet
 from .path import append_dims
 from .run import Run
@@ -315,6 +318,25 @@ def not_copied(
     ]
 
 
+# %% ../nbs/61_imports.ipynb #a151eb68
+@contextlib.contextmanager
+def make_room():
+    "A folder name for a run in the making; what a killed import has left goes first."
+    runs_path = get_settings().runs_path
+    runs_path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = acquire_lock(runs_path / ".import.lock", 10)
+    except filelock.Timeout:
+        raise ValueError("another import is at work; wait for its end") from None
+    try:
+        for left in runs_path.glob(".import-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".import-", dir=runs_path) as work:
+            yield Path(work) / "made"
+    finally:
+        lock.release()
+
+
 # %% ../nbs/61_imports.ipynb #232428ad
 def import_run(
     folder: Path,  # a run folder, for example from a hub
@@ -324,30 +346,11 @@ def import_run(
     run, runs_path = Run(folder), get_settings().runs_path
     check_free(run.config, name)
     run.verify()
-    runs_path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=runs_path) as work:
-        made = Path(work) / "made"
+    with make_room() as made:
         shutil.copytree(run.dir, made, ignore=not_copied)
         Run(made).verify()
         os.rename(made, runs_path / name)
     return Run(runs_path / name)
-
-
-# %% ../nbs/61_imports.ipynb #fa0f1943
-def start_with(
-    run: Run,  # a run at step 0
-    net: nn.Module,  # the weights it shall start with
-    imported: dict,  # where they come from
-) -> None:
-    "Replace the first weights of a run, raw and averaged."
-    weights = {f"net.{k}": v for k, v in net.state_dict().items()}
-    files = {
-        file: safetensors.torch.save(run.tensors(file) | weights)
-        for file in ("net.safetensors", "ema.safetensors")
-    }
-    info = run.info | {"imported": imported}
-    shutil.rmtree(run.checkpoint)
-    write_new_run(run.dir, info, files)
 
 
 # %% ../nbs/61_imports.ipynb #d4c5cc83
@@ -365,17 +368,19 @@ def import_weights(
     file = Path(file)
     tensors = open_weights(file)
     check_free(config, name)
-    part = get_settings().runs_path / f"{name}.part"
-    try:
-        run = create_run(config, part.name)
-        net = run.new_network()
-        kind = load_foreign_weights(tensors, net, f"file = {file.name!r}")
-        sha256 = hash_bytes(file.read_bytes())
-        start_with(run, net, {"file": file.name, "sha256": sha256, "names": kind})
-        os.rename(part, part.with_name(name))
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return Run(part.with_name(name))
+    teacher = open_teacher(config)
+    objective, data = build_objective(config, teacher, "")
+    net = objective.players["net"]
+    kind = load_foreign_weights(tensors, net, f"file = {file.name!r}")
+    objective.ema["net"].load_state_dict(net.state_dict())
+    sha256 = hash_bytes(file.read_bytes())
+    imported = {"file": file.name, "sha256": sha256, "names": kind}
+    info = describe_run(config, objective, data, teacher) | {"imported": imported}
+    run_dir = get_settings().runs_path / name
+    with make_room() as made:
+        write_new_run(made, info, save_weights(objective))
+        os.rename(made, run_dir)
+    return Run(run_dir)
 
 
 # %% ../nbs/61_imports.ipynb #94e6961d

@@ -99,6 +99,16 @@ class RunNetwork(RunWeights):
     def __init__(self, folder):
         super().__init__(folder)
         self.nets = {}
+        self.built = None
+
+    def keep_built(self, built: tuple | None) -> None:
+        "Hold what was built to make this run, (objective, data), for the training that follows."
+        self.built = built
+
+    def take_built(self) -> tuple | None:
+        "What was built to make this run, once; None where it was made before."
+        built, self.built = self.built, None
+        return built
 
     @property
     def network_run(self) -> "RunNetwork":

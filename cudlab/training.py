@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TrainEvent', 'format_time', 'format_step', 'format_params', 'Leg',
            'load_checkpoint', 'check_origin', 'start_leg', 'reopen_run', 'save_leg',
-           'step_event', 'log_step', 'prepare_leg', 'run_leg', 'train_loop',
-           'explain_error', 'train']  # fmt: skip
+           'check_weights', 'step_event', 'log_step', 'prepare_leg', 'run_leg',
+           'train_loop', 'explain_error', 'train']  # fmt: skip
 
-# %% ../nbs/36_training.ipynb #de85e70a
+# %% ../nbs/36_training.ipynb #9673f79f
 import collections
 import contextlib
 import json
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .checkpoint import (
+    check_finite_weights,
     find_damage,
     load_optimizer,
     load_strict,
@@ -182,7 +183,7 @@ def start_leg(
 ) -> Leg:
     "Build what a run trains, or take what `create_run` has built, and load its newest checkpoint."
     teacher = open_teacher(run.config)
-    built, run.built = run.built, None
+    built = run.take_built()
     place = find_device(device)
     if not built or next(built[0].net.parameters()).device != place:
         built = build_objective(run.config, teacher, device)
@@ -201,10 +202,10 @@ def reopen_run(
     run: Run,  # locked by this process
 ) -> None:
     "Read a run anew, at its newest checkpoint now, and keep the settings of this leg."
-    config, built = run.config, getattr(run, "built", None)
+    config, built = run.config, run.take_built()
     run.__init__(run.dir)
     run.config = replace(run.config, **{key: getattr(config, key) for key in RUNTIME_KEYS})
-    run.built = built
+    run.keep_built(built)
 
 
 # %% ../nbs/36_training.ipynb #88930794
@@ -225,6 +226,19 @@ def save_leg(
     save_checkpoint(run.dir, tick.step, files, {"training_cost": cost})
     reopen_run(run)
     prune_checkpoints(run.dir, config.keep, config.keep_every)
+
+
+# %% ../nbs/36_training.ipynb #71addab9
+def check_weights(leg: Leg) -> None:
+    "Raise `Diverged` in every process if the weights of any of them are not finite."
+    why = ""
+    try:
+        check_finite_weights(leg.objective.players)
+        check_finite_weights(leg.objective.ema)
+    except Diverged as e:
+        why = str(e)
+    if leg.world.all_reduce_max(1 if why else 0):
+        raise Diverged(why or "weights of another process are not finite; they are not saved")
 
 
 # %% ../nbs/36_training.ipynb #cb187ed0
@@ -316,6 +330,7 @@ def run_leg(
             every and tick.step % every == 0 for every in (config.save_every, config.keep_every)
         )
         if due or why or tick.step == length:
+            check_weights(leg)
             if leader:
                 save_leg(leg, tick)
             run.step = tick.step

@@ -2,9 +2,11 @@
 so that each costs a tenth of a second; the server is started by the first test that needs it.
 """
 
+import math
 import multiprocessing
 import os
 import socket
+import sys
 
 import torch
 
@@ -67,3 +69,26 @@ def sample_run(name: str, out: str, params: dict) -> None:
     from cudlab.sample import write_samples
 
     list(write_samples(Run.open(name), out, **params))
+
+
+def run_main(words: list) -> None:
+    "The command line; the process ends with its exit code."
+    from cudlab.cli import main
+
+    sys.exit(main(words))
+
+
+def train_poisoned(words: list, victim: int) -> None:
+    "A training in which one process's weights are infinite when they are saved a second time."
+    from cudlab import training
+
+    saves, check = [], training.check_weights
+
+    def poison(leg) -> None:
+        saves.append(1)
+        if len(saves) == 2 and leg.world.rank == victim:
+            next(leg.objective.net.parameters()).data.fill_(math.inf)
+        check(leg)
+
+    training.check_weights = poison
+    run_main(words)

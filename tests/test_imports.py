@@ -1,6 +1,8 @@
 """Imports: a hub folder comes back, and EDM's network against another implementation of it."""
 
+import contextlib
 import math
+import shutil
 
 import pytest
 import safetensors.torch
@@ -171,13 +173,41 @@ def test_a_hub_folder_comes_back_as_a_run(moons, hub, runs_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     assert "is damaged" in error_of(take, hub, "other")
     assert not (runs_path / "other").exists()
-    assert not [path for path in runs_path.iterdir() if path.name.startswith(".import")]
+    assert not [path for path in runs_path.iterdir() if path.name.startswith(".import-")]
 
 
 def test_a_link_in_a_hub_folder_is_not_followed(hub, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (hub / "train.ipynb").symlink_to(tmp_path / "secret")
     assert not (take(hub, "without-link").dir / "train.ipynb").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "ema.safetensors"])
+def test_a_run_whose_files_are_links_is_not_copied(hub, tmp_path, runs_path, file):
+    place = next(hub.rglob(file))
+    shutil.move(place, tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    assert "is missing" in error_of(take, hub, "linked")
+    assert not (runs_path / "linked").exists() and not list(runs_path.glob(".import-*"))
+
+
+def test_what_a_killed_import_left_goes_with_the_next(hub, runs_path):
+    (runs_path / ".import-old" / "made").mkdir(parents=True)
+    (runs_path / ".import-old" / "made" / "config.json").write_text("{}")
+    take(hub, "after-a-kill")
+    assert not list(runs_path.glob(".import-*"))
+
+
+def test_an_import_touches_no_other_run(digits, edm_file, runs_path):
+    _, tensors, _ = digits
+    config = Config(method="rf", data="digits", steps=2, batch=8)
+    other = create_run(config, "mine.part")
+    before = {path: path.read_bytes() for path in other.dir.rglob("*") if path.is_file()}
+    for file in (edm_file, other.dir / "nothing.safetensors"):
+        with contextlib.suppress(ValueError):
+            take(file, "mine", data="digits", steps=2, batch=8)
+    assert {path: path.read_bytes() for path in other.dir.rglob("*") if path.is_file()} == before
+    assert Run.open("mine").info["imported"] and "imported" not in other.info
 
 
 @pytest.mark.parametrize(
@@ -217,7 +247,7 @@ def test_edm_weights_begin_a_training(digits, edm_file, runs_path):
     jumps = take(edm_file, "edm-jumps", data="digits", method="shortcut")
     assert jumps.step == 0  # a network of two times
     assert "exists" in error_of(take, edm_file, "edm-start", data="digits")
-    assert not list(runs_path.glob("*.part"))
+    assert not list(runs_path.glob(".import-*"))
 
 
 def misfits(tensors):
