@@ -11,7 +11,7 @@ __all__ = ['LIST_ROW', 'COMMANDS', 'report_error', 'sigterm_as_interrupt',
            'export_command', 'import_command', 'data_command', 'format_commands',
            'run_command', 'main']  # fmt: skip
 
-# %% ../nbs/63_cli.ipynb #b6fc4efc
+# %% ../nbs/63_cli.ipynb #9736864a
 import argparse
 import collections
 import contextlib
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 
 from . import __version__
-from .catalog import get_run_info, list_runs
+from .catalog import best_score, list_runs
 from .config import (
     Config,
     did_you_mean,
@@ -35,6 +35,7 @@ from .config import (
 from .create import create_run
 from .disk import plain_streams
 from .distributed import init_distributed
+from .features import default_features
 from .flags import Parser, add_flags, flags_of, parse_fields
 from .jobs import (
     TrainingStopped,
@@ -47,6 +48,7 @@ from .jobs import (
 from .methods import METHODS
 from .provenance import RUNTIME_KEYS
 from .run import Run
+from .runfiles import read_log, read_scores
 from .training import train
 
 
@@ -194,6 +196,8 @@ def format_run(info) -> str:
     state = "shipped" if info.shipped else info.created[:16].replace("T", " ")
     if info.damaged:
         state = info.damaged.removeprefix(f"run {info.name!r} is ")
+    elif info.odd:
+        state += f", {info.odd}"
     return LIST_ROW.format(
         info.name, info.method, info.data, info.step, info.steps, info.status, state
     )
@@ -224,14 +228,18 @@ def show_command(argv: list) -> None:
     usual = ", ".join(f"{key} {value}" for key, value in run.sampling_defaults.items())
     print(f"sampling  {usual}")
     print(f"files     {', '.join(sorted(run.files))}")
-    if len(run.scores):
-        best = get_run_info(run.name).best
-        if best:
-            print(
-                f"best      fd@{best['extractor']} {best['fd']:.4g} with {best['solver']}, "
-                f"{best['nfe']:g} calls, noise seeds: {best['seeds']}"
-            )
-        print(f"scores    {len(run.scores)}")
+    scores, odd = read_scores(run.dir)
+    usual = default_features(run.config.data, run.shape[0])
+    if best := best_score(scores, run.step, usual):
+        print(
+            f"best      fd@{best['extractor']} {best['fd']:.4g} with {best['solver']}, "
+            f"{best['nfe'] or 0:g} calls, noise seeds: {best['seeds']}"
+        )
+    if scores:
+        print(f"scores    {len(scores)}")
+    for name, count in (("metrics.jsonl", read_log(run.dir)[1]), ("scores.jsonl", odd)):
+        if count:
+            print(f"odd       {count} of the lines of {name} make no sense and are left out")
 
 
 # %% ../nbs/63_cli.ipynb #e68fe958

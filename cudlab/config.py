@@ -6,9 +6,9 @@
 __all__ = ['BOUNDS', 'TYPE_NAMES', 'TRUTHS', 'VALUE', 'option', 'did_you_mean',
            'lookup', 'check_range', 'validate', 'Options', 'from_dict',
            'parse_value', 'parse_texts', 'Config', 'CorruptData', 'error_of',
-           'printable', 'Settings', 'strip_comments', 'unquote', 'read_settings',
-           'get_settings', 'best_device', 'find_device', 'count_cores',
-           'set_threads']  # fmt: skip
+           'printable', 'check_device_name', 'Settings', 'strip_comments',
+           'unquote', 'read_settings', 'get_settings', 'best_device', 'find_device',
+           'count_cores', 'set_threads']  # fmt: skip
 
 # %% ../nbs/00_config.ipynb #d08f293e
 import configparser
@@ -252,7 +252,14 @@ def printable(text) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-# %% ../nbs/00_config.ipynb #c32b121a
+# %% ../nbs/00_config.ipynb #284c01c0
+def check_device_name(name: str) -> None:
+    "Raise a `ValueError` unless a text names a device, whether it is here or not."
+    if not re.fullmatch(r"auto|(cpu|cuda|mps)(:[0-9]{1,3})?", name):
+        raise ValueError(f"device = {name!r} is not a device; auto, cpu, cuda, cuda:0 or mps")
+
+
+# %% ../nbs/00_config.ipynb #7fe0b76a
 @dataclass
 class Settings(Options):
     "Where the lab keeps things and how it runs; paths are absolute."
@@ -266,6 +273,10 @@ class Settings(Options):
     threads: int = option(0, "CPU threads; 0 = one per core", low=0, high=1024)
     seed: int = option(0, "default seed", low=0)
     port: int = option(7860, "port of the explorer", low=1, high=65535)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_device_name(self.device)
 
 
 # %% ../nbs/00_config.ipynb #6e5d0908
@@ -350,14 +361,10 @@ def find_device(
     name = name or get_settings().device
     if name == "auto":
         return best_device()
-    allowed = "auto, cpu, cuda, cuda:0 or mps"
-    try:
-        found = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device = {name!r} is not a device; {allowed}") from None
-    here = {"cpu": True, "cuda": True, "mps": torch.backends.mps.is_available()}
-    if not here.get(found.type):
-        raise ValueError(f"device = {name!r} is not supported here; {allowed}")
+    check_device_name(name)
+    found = torch.device(name)
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device = {name!r} is not here; use cpu")
     count = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= count:
         raise ValueError(f"device = {name!r} is not here: this machine has {count} CUDA devices")

@@ -11,7 +11,7 @@ __all__ = ['COLUMNS', 'RIGHT_ALIGNED', 'STATES', 'SweepOptions', 'SweepFile',
            'is_finished', 'task_status', 'sweep_status', 'row_texts', 'align',
            'count_states', 'format_table']  # fmt: skip
 
-# %% ../nbs/45_plan.ipynb #8cffedf0
+# %% ../nbs/45_plan.ipynb #8894c442
 import collections
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from .config import CorruptData, Options, from_dict, get_settings, option
 from .create import first_difference, resolve_run_dir
-from .disk import atomic_write, is_locked
+from .disk import atomic_write, is_locked, printable, read_json
 from .evaluate import parse_evaluation
 from .features import default_features
 from .jobs import error_message, parse_parameters, read_status
@@ -282,9 +282,13 @@ class TaskStatus:
 def read_record(sweep: Sweep, task: SweepTask) -> dict:
     "What is recorded of a task: worker, began and, when it has ended, seconds, code and why."
     try:
-        return json.loads((sweep.dir / f"{task.name}.json").read_bytes())
+        found = read_json(sweep.dir / f"{task.name}.json")
     except (OSError, ValueError):
         return {}
+    kinds = {"worker": str, "why": str, "code": int, "began": (int, float), "seconds": (int, float)}
+    values = {k: v for k, v in found.items() if k in kinds and isinstance(v, kinds[k])}
+    values = {k: printable(v) if isinstance(v, str) else v for k, v in values.items()}
+    return {k: v for k, v in values.items() if isinstance(v, str) or abs(v) < 1e12}
 
 
 # %% ../nbs/45_plan.ipynb #f993d057

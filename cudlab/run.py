@@ -99,16 +99,6 @@ class RunNetwork(RunWeights):
     def __init__(self, folder):
         super().__init__(folder)
         self.nets = {}
-        self.built = None
-
-    def keep_built(self, built: tuple | None) -> None:
-        "Hold what was built to make this run, (objective, data), for the training that follows."
-        self.built = built
-
-    def take_built(self) -> tuple | None:
-        "What was built to make this run, once; None where it was made before."
-        built, self.built = self.built, None
-        return built
 
     @property
     def network_run(self) -> "RunNetwork":
@@ -378,6 +368,17 @@ class RunWalk(RunSampling):
 # %% ../nbs/32_run.ipynb #b4d1b414
 class Run(RunWalk):
     "A finished or running training on disk."
+
+    built = None  # (objective, data) that made this run, for the training that follows
+
+    def keep_built(self, built: tuple | None) -> None:
+        "Hold what was built to make this run."
+        self.built = built
+
+    def take_built(self) -> tuple | None:
+        "What was built to make this run, once; None where it was made before."
+        built, self.built = self.built, None
+        return built
 
     def sample(self, **choices) -> SolverState:
         "The end of the walk, with the samples and their calls; choices as in `iterate`."

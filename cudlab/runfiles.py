@@ -152,10 +152,10 @@ def is_ordinary(value) -> bool:
 
 def is_score_value(key: str, value) -> bool:
     "Whether a score can say this; unknown keys are nobody's business."
-    if value is None:
-        return True
     if key in COUNTS:
         return type(value) is int and 0 <= value < 2**63
+    if value is None:
+        return True
     if key in NUMBERS:  # few samples have no interval
         is_end = key.endswith(("_low", "_high"))
         return is_ordinary(value) and (is_end or not math.isnan(value))

@@ -1,6 +1,7 @@
 """One thread a process, no telemetry, and nothing a test trains lands in the checkout."""
 
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -49,6 +50,35 @@ def runs_path():
 def root():
     "The checkout."
     return ROOT
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    "An empty folder of runs."
+    monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
+    monkeypatch.setenv("CUDLAB_DEVICE", "cpu")
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    "A finished run of two steps, to be copied and forged."
+    from cudlab.config import Config
+    from cudlab.create import create_run
+    from cudlab.training import train
+
+    tiny = dict(method="rf", data="moons", batch=8, steps=2, log_every=1, save_every=1, warmup=1)
+    folder = tmp_path_factory.mktemp("good")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDLAB_RUNS_PATH", str(folder))
+        list(train(create_run(Config(**tiny), "run")))
+    return folder / "run"
+
+
+def copy_of(good: Path, lab: Path, name: str = "forged") -> Path:
+    "A copy of a run in a folder of runs."
+    return Path(shutil.copytree(good, lab / name))
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,7 @@ def test_a_name_that_cannot_be_shown_is_escaped_and_stops_nothing(lab, name):
         '{"fd": true, "step": 5}',
         '{"fd": 0.1, "step": 5, "nfe": [1]}',
         '{"fd": 0.1, "step": 5, "seed": "a"}',
+        '{"fd": 0.1, "step": 5, "seed": null}',
         '{"fd": 0.1, "step": 5, "n": 1e9}',
         '{"fd": 0.1, "step": 5, "solver": ["euler"]}',
         '{"fd": 1' + 400 * "0" + ', "step": 5}',

@@ -2,11 +2,14 @@
 
 import builtins
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -279,3 +282,19 @@ def test_an_interrupt_that_came_through_exec_ends_with_its_code(tmp_path):
         text=True,
     )
     assert ended.returncode == 3 and "Traceback" not in ended.stderr
+
+
+def test_odd_lines_are_marked_by_list_and_show(lab, capsys):
+    folder = Path(shutil.copytree(ROOT / "checkpoints" / "digits-rf", lab / "marked"))
+    rows = (folder / "scores.jsonl").read_text()
+    (folder / "scores.jsonl").write_text('{"fd": NaN, "nfe": "two"}\n' + rows + '{"fd": [1]}\n')
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write('{"step": "x"}\n')
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "2 odd lines in scores.jsonl" in line][0].startswith("marked ")
+    for name in ("marked", f"marked@{Run.open('marked').step}", str(folder)):
+        assert main(["show", name]) == 0
+        said = capsys.readouterr().out
+        assert "odd       2 of the lines of scores.jsonl" in said and "best      fd@digits" in said
+        assert "odd       1 of the lines of metrics.jsonl" in said

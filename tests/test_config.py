@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 
+from cudlab.cli import main
 from cudlab.config import (
     Config,
     Settings,
@@ -55,6 +56,16 @@ def test_a_text_becomes_the_value_it_means():
     assert [parse_value(text) for text in ("1e-3", "8", "TRUE", "a b")] == [1e-3, 8, True, "a b"]
     assert parse_value("8", str) == "8" and parse_value("yes") == "yes"
     assert [parse_value(t, bool) for t in ("yes", "No", "on", "off")] == [True, False, True, False]
+
+
+def test_a_device_of_the_settings_that_is_none_is_refused_by_every_command(monkeypatch, capsys):
+    monkeypatch.setenv("CUDLAB_DEVICE", "tpu")
+    words = "device = 'tpu' is not a device"
+    assert f"{words}; auto, cpu, cuda, cuda:0 or mps" == error_of(get_settings)
+    for command in (["list"], ["show", "digits-rf"], ["verify", "digits-rf"]):
+        assert main(command) == 2 and words in capsys.readouterr().err
+    monkeypatch.setenv("CUDLAB_DEVICE", "cuda:7")  # which need not be here to list runs
+    assert main(["list"]) == 0
 
 
 def test_wrong_devices_are_a_sentence():

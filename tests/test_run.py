@@ -1,46 +1,20 @@
 """A run is a network that every solver can sample: cut ones, learned solvers, refusals."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import copy_of
 
 from cudlab.catalog import list_runs, strip_run
 from cudlab.checkpoint import checkpoint_dir, prune_checkpoints, save_checkpoint
-from cudlab.config import Config, CorruptData, error_of
-from cudlab.create import create_run
+from cudlab.config import CorruptData, error_of
 from cudlab.run import Run, find_solver
 from cudlab.sample import write_samples
 from cudlab.scoring import score
-from cudlab.training import train
 
-TINY = dict(method="rf", data="moons", batch=8, steps=2, log_every=1, save_every=1, warmup=1)
 SOLVER = "digits-dode-euler5"
-
-
-@pytest.fixture
-def lab(tmp_path, monkeypatch):
-    "An empty folder of runs."
-    monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
-    monkeypatch.setenv("CUDLAB_DEVICE", "cpu")
-    (tmp_path / "runs").mkdir()
-    return tmp_path / "runs"
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    "A finished run of two steps, to be copied and forged."
-    folder = tmp_path_factory.mktemp("good")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDLAB_RUNS_PATH", str(folder))
-        list(train(create_run(Config(**TINY), "run")))
-    return folder / "run"
-
-
-def copy_of(good: Path, lab: Path, name: str = "forged") -> Path:
-    return Path(shutil.copytree(good, lab / name))
 
 
 def test_a_cut_run_is_the_same_network(lab, good, tmp_path):

@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import copy_of
 from small_lab import vouch, write_sums
 
 from cudlab.catalog import get_run_info, list_runs
@@ -23,42 +23,16 @@ from cudlab.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from cudlab.config import Config, CorruptData, get_settings
-from cudlab.create import create_run
+from cudlab.config import CorruptData, get_settings
 from cudlab.jobs import get_exit_code
 from cudlab.run import Run
 from cudlab.runfiles import read_log, run_stamp
-from cudlab.training import train
 
-TINY = dict(method="rf", data="moons", batch=8, steps=2, log_every=1, save_every=1, warmup=1)
 SOLVER = "digits-dode-euler5"
 UNPICKLED = []
 sys.addaudithook(
     lambda event, args: UNPICKLED.append(args) if event == "pickle.find_class" else None
 )
-
-
-@pytest.fixture
-def lab(tmp_path, monkeypatch):
-    "An empty folder of runs."
-    monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
-    monkeypatch.setenv("CUDLAB_DEVICE", "cpu")
-    (tmp_path / "runs").mkdir()
-    return tmp_path / "runs"
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    "A finished run of two steps, to be copied and forged."
-    folder = tmp_path_factory.mktemp("good")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDLAB_RUNS_PATH", str(folder))
-        list(train(create_run(Config(**TINY), "run")))
-    return folder / "run"
-
-
-def copy_of(good: Path, lab: Path, name: str = "forged") -> Path:
-    return Path(shutil.copytree(good, lab / name))
 
 
 def small(lab: Path, name: str) -> Path:
@@ -189,6 +163,11 @@ CONFIGS = {
     "10^30 parameters": {"parameters": 10**30},
     "created in numbers": {"created": 5},
     "teacher as a list": {"teacher": [1]},
+    "teacher without a name": {"teacher": {}},
+    "no teacher": {"teacher": None},
+    "teacher's step in words": {"teacher": {"name": "a", "network": "b", "step": "two"}},
+    "data as a text": {"data": "moons"},
+    "data without a hash": {"data": {"note": ""}},
     "config as text": {"config": "rf"},
     "config as a list": {"config": [["steps", 5]]},
     "no config": {"config": None},

@@ -17,7 +17,7 @@ from cudlab.config import error_of
 from cudlab.create import create_run
 from cudlab.disk import is_locked
 from cudlab.jobs import parse_parameters, read_status
-from cudlab.plan import SweepOptions, TaskStatus, load_sweep, sweep_status
+from cudlab.plan import SweepOptions, TaskStatus, format_table, load_sweep, sweep_status
 from cudlab.run import Run
 from cudlab.runfiles import find_run
 from cudlab.sweep import (
@@ -183,6 +183,18 @@ def test_the_status_says_what_is_damaged(lab):
         "torn.evaluate": "failed",
     }
     assert "config.json" in rows[1].why
+
+
+@pytest.mark.parametrize(
+    "record",
+    [b"[]", b'{"seconds": "x", "began": [], "code": "0"}', b'{"why": "\\u001b[31m", "code": 4}'],
+)
+def test_an_odd_record_of_a_task_does_no_harm(lab, record):
+    sweep = load_sweep(grid(lab, {"train": {"method": "rf", "data": "moons", "name": "whole"}}))
+    sweep.dir.mkdir(parents=True)
+    (sweep.dir / "whole.json").write_bytes(record)
+    (row,) = sweep_status(sweep)
+    assert row.state in ("waiting", "failed") and "\x1b" not in "".join(format_table([row]))
 
 
 def test_on_a_terminal_the_table_is_rewritten_in_place(monkeypatch, capsys):
