@@ -27,7 +27,7 @@ FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
 READY = {
     "Trajectory": "#paths .main-svg",
     "Velocity": "#panels .main-svg",
-    "Trade-off": "#chart .main-svg",
+    "Trade-off": "#caption .caption",
     "Compare": "#c-table tbody tr",
     "Runs": "#runs-table tbody tr",
     "Live": "#job",

@@ -266,7 +266,7 @@ def test_scores_are_a_table_for_pandas(copied):
         (dict(n="many"), "n = 'many'"),
         (dict(weights="best"), "weights"),
         (dict(seeds=True), "seeds"),
-        (dict(run=3), "run"),
+        (dict(run={"name": 3}), "run"),
     ],
 )
 def test_the_job_refuses_wrong_parameters(bad, says):
