@@ -97,7 +97,7 @@ class Listeners:
     def __init__(self, page: gr.Blocks):
         self.queue = page._queue
         self.open = Counter()  # session, or event of a session without a name -> streams
-        self.absent = {}  # session -> since when
+        self.absent = {}  # session -> (since when, what it had asked for then)
 
     @contextmanager
     def listen(self, key: str):
@@ -109,18 +109,30 @@ class Listeners:
             self.open[key] -= 1
             self.open += Counter()  # without those that nobody listens to
 
+    def asked(self, name: str) -> frozenset:
+        "What a session has asked for and not heard the end of."
+        return frozenset(self.queue.pending_event_ids_session.get(name, ()))
+
     async def forget_absent(self) -> None:
         "Drops what was asked in sessions that nobody has listened to for a while."
         queue = self.queue
         now = time.monotonic()
         known = {*queue.pending_messages_per_session, *queue.pending_event_ids_session}
         heard = {self.session_of(key) for key in self.open}
-        self.absent = {name: self.absent.get(name, now) for name in known - heard}
-        for name in [name for name, since in self.absent.items() if now - since >= ABSENCE]:
+        before = self.absent
+        self.absent = {}
+        for name in known - heard:
+            since, asked = before.get(name, (now, None))
+            # who asks for more is given time to listen again
+            self.absent[name] = (since if asked == self.asked(name) else now, self.asked(name))
+        for name, (since, asked) in list(self.absent.items()):
+            if now - since < ABSENCE or asked != self.asked(name):
+                continue
             await queue.clean_events(session_hash=name)
-            queue.pending_event_ids_session.pop(name, None)
-            queue.pending_messages_per_session.pop(name, None)
-            del self.absent[name]
+            if self.asked(name) <= asked:  # nothing new meanwhile
+                queue.pending_event_ids_session.pop(name, None)
+                queue.pending_messages_per_session.pop(name, None)
+                del self.absent[name]
 
     def session_of(self, key: str) -> str:
         "The session of an event, or the session itself."

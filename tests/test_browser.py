@@ -497,10 +497,10 @@ MARKUP = "<img src=x onerror=window.owned=1>"
 @pytest.mark.long
 def test_a_name_of_markup_is_text_in_every_view(visit, lab):
     folder = Path(lab["CUDLAB_RUNS_PATH"])
-    shutil.copytree(folder / "moons-run", folder / MARKUP)
+    shutil.copytree(folder / "digits-run", folder / MARKUP)
     try:
         page = visit(run="%3Cimg%20src=x%20onerror=window.owned=1%3E")
-        wait_for_points(page)
+        wait_for_film(page, 9)
         press_button(page, "Share what is on screen", exact=False)
         for name in READY:
             go_to(page, name)

@@ -2,6 +2,7 @@
 that absent and half-silent clients are forgotten.
 """
 
+import asyncio
 import json
 import socket
 import threading
@@ -197,6 +198,36 @@ def test_requests_whose_client_is_gone_leave_the_queue(site, monkeypatch, listen
 
     client = Client(site.address, verbose=False, analytics_enabled=False)
     assert client.predict("still here", api_name="/repeat") == "still here"
+
+
+def test_who_comes_back_and_asks_is_given_time_to_listen(monkeypatch):
+    cleaned = []
+
+    async def clean_events(session_hash):
+        cleaned.append(session_hash)
+
+    queue = SimpleNamespace(
+        pending_messages_per_session={"page": []},
+        pending_event_ids_session={"page": set()},
+        event_ids_to_events={},
+        clean_events=clean_events,
+    )
+    listeners = guard.Listeners(SimpleNamespace(_queue=queue))
+
+    def look(at: float) -> bool:
+        monkeypatch.setattr(guard.time, "monotonic", lambda: at)
+        asyncio.run(listeners.forget_absent())
+        return "page" in queue.pending_messages_per_session
+
+    patience = guard.ABSENCE
+    assert look(0) and look(patience - 1)
+    queue.pending_event_ids_session["page"].add("asked just now")
+    assert look(patience + 1) and not cleaned
+    with listeners.listen("page"):
+        assert look(3 * patience)
+    assert look(3 * patience + 1) and look(4 * patience) and not cleaned
+    assert not look(4 * patience + 1) and cleaned == ["page"]
+    assert not queue.pending_event_ids_session and not listeners.absent
 
 
 def test_sessions_are_few(site):
