@@ -7,10 +7,9 @@ from pathlib import Path
 from cudlab.catalog import RunInfo, list_runs
 from cudlab.config import did_you_mean
 from cudlab.data import POINTS
-from cudlab.disk import read_jsonl
 from cudlab.methods import METHODS
 from cudlab.run import Run
-from cudlab.runfiles import check_log_row, run_stamp
+from cudlab.runfiles import read_log, run_stamp
 from cudlab.solver import SOLVERS, Solver
 
 LOG_BYTES = 2**22  # of a log that are read, from its end
@@ -98,9 +97,7 @@ def class_choices(run: Run) -> list:
 
 def recent_log(run: Run) -> list:
     "The end of a run's log: one dict a line."
-    rows = read_jsonl(run.dir / "metrics.jsonl", LOG_BYTES)
-    checked = (check_log_row(row) for row in rows if row)
-    return [row for row in checked if row]
+    return read_log(run.dir, LOG_BYTES)[0]
 
 
 def is_planar(run: Run) -> bool:

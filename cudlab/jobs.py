@@ -28,8 +28,9 @@ from .config import (
     option,
     parse_texts,
     parse_value,
+    printable,
 )
-from .disk import atomic_write, printable, read_json
+from .disk import atomic_write, read_json
 from .distributed import World
 from .methods import METHODS, make_method
 

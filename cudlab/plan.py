@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .config import CorruptData, Options, from_dict, get_settings, option
+from .config import CorruptData, Options, from_dict, get_settings, option, printable
 from .create import first_difference, resolve_run_dir
-from .disk import atomic_write, is_locked, printable, read_json
+from .disk import atomic_write, is_locked, read_json
 from .evaluate import parse_evaluation
 from .features import default_features
 from .jobs import error_message, parse_parameters, read_status

@@ -198,9 +198,10 @@ def check_log_row(row: dict) -> dict | None:
 def read_rows(
     path: Path,  # scores.jsonl or metrics.jsonl
     check: Callable,  # a row -> the row as it is used, or None
+    most: int = 2**24,  # bytes that are read, from the end
 ) -> tuple:
     "The rows of a JSON-lines file, and how many of its lines hold something else."
-    rows = [row and check(row) for row in read_jsonl(path)]
+    rows = [row and check(row) for row in read_jsonl(path, most)]
     good = [row for row in rows if row]
     return good, len(rows) - len(good)
 
@@ -210,9 +211,12 @@ def read_scores(run_dir: Path) -> tuple:
     return read_rows(run_dir / "scores.jsonl", check_score)
 
 
-def read_log(run_dir: Path) -> tuple:
+def read_log(
+    run_dir: Path,
+    most: int = 2**24,  # bytes that are read, from the end
+) -> tuple:
     "What a training has logged, and how many lines of metrics.jsonl hold something else."
-    return read_rows(run_dir / "metrics.jsonl", check_log_row)
+    return read_rows(run_dir / "metrics.jsonl", check_log_row, most)
 
 
 # %% ../nbs/31_runfiles.ipynb #b9aea640

@@ -61,6 +61,15 @@ def lab(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def data_folder(tmp_path, monkeypatch):
+    "An empty folder of data sets, beside an empty cache."
+    monkeypatch.setenv("CUDLAB_DATA_PATH", str(tmp_path / "data"))
+    monkeypatch.setenv("CUDLAB_CACHE_PATH", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     "A finished run of two steps, to be copied and forged."

@@ -19,15 +19,6 @@ from cudlab.data import DATA, POINTS, Images, load_data
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 
-@pytest.fixture
-def lab(tmp_path, monkeypatch):
-    "A lab with an empty data folder and cache; returns the data folder."
-    monkeypatch.setenv("CUDLAB_DATA_PATH", str(tmp_path / "data"))
-    monkeypatch.setenv("CUDLAB_CACHE_PATH", str(tmp_path / "cache"))
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
-
-
 def png(array: np.ndarray) -> bytes:
     from PIL import Image
 
@@ -125,9 +116,9 @@ def test_digits_are_all_scans_once():
     assert x0.shape == (5, 1, 8, 8) and x0.dtype == torch.float32 and y.dtype == torch.int64
 
 
-def test_parquet_is_read_and_then_cached(lab, monkeypatch):
+def test_parquet_is_read_and_then_cached(data_folder, monkeypatch):
     images = pictures(12)
-    write_parquet(lab / "mnist" / "train.parquet", images, [0, 1] * 6)
+    write_parquet(data_folder / "mnist" / "train.parquet", images, [0, 1] * 6)
     first = load_data("mnist")
     assert np.array_equal(first.images.numpy()[:, 0], np.stack(images))
     assert first.classes == ["zero", "one"] and first.labels.tolist() == [0, 1] * 6
@@ -136,32 +127,32 @@ def test_parquet_is_read_and_then_cached(lab, monkeypatch):
     assert load_data("mnist").hash == first.hash
 
 
-def test_a_changed_parquet_is_another_cache_entry(lab):
-    write_parquet(lab / "mnist" / "train.parquet", pictures(5), [0] * 5)
+def test_a_changed_parquet_is_another_cache_entry(data_folder):
+    write_parquet(data_folder / "mnist" / "train.parquet", pictures(5), [0] * 5)
     before = load_data("mnist").hash
-    write_parquet(lab / "mnist" / "train.parquet", pictures(7), [0] * 7)
+    write_parquet(data_folder / "mnist" / "train.parquet", pictures(7), [0] * 7)
     assert load_data("mnist").hash != before and len(load_data("mnist")) == 7
 
 
-def test_a_damaged_cache_is_decoded_again(lab):
-    write_parquet(lab / "mnist" / "train.parquet", pictures(5), [0] * 5)
+def test_a_damaged_cache_is_decoded_again(data_folder):
+    write_parquet(data_folder / "mnist" / "train.parquet", pictures(5), [0] * 5)
     before = load_data("mnist").hash
-    (saved,) = (lab.parent / "cache").glob("*.npz")
+    (saved,) = (data_folder.parent / "cache").glob("*.npz")
     saved.write_bytes(saved.read_bytes()[:100])
     assert load_data("mnist").hash == before
-    assert not list((lab.parent / "cache").glob("*.part"))
+    assert not list((data_folder.parent / "cache").glob("*.part"))
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(lab, monkeypatch):
-    write_parquet(lab / "mnist" / "train.parquet", pictures(5), [0] * 5)
-    blocked = lab.parent / "file"
+def test_a_cache_that_cannot_be_written_costs_only_time(data_folder, monkeypatch):
+    write_parquet(data_folder / "mnist" / "train.parquet", pictures(5), [0] * 5)
+    blocked = data_folder.parent / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("CUDLAB_CACHE_PATH", str(blocked / "cache"))
     assert len(load_data("mnist")) == 5
 
 
-def test_colour_img_column_and_no_labels(lab):
-    write_parquet(lab / "cifar10" / "train.parquet", pictures(4, (32, 32, 3)), column="img")
+def test_colour_img_column_and_no_labels(data_folder):
+    write_parquet(data_folder / "cifar10" / "train.parquet", pictures(4, (32, 32, 3)), column="img")
     found = load_data("cifar10")
     assert (
         found.shape == (3, 32, 32) and found.flip and found.labels is None and found.classes == []
@@ -169,15 +160,15 @@ def test_colour_img_column_and_no_labels(lab):
     assert found.batch(0, 0, 2)[1] is None
 
 
-def test_numbered_classes_where_the_table_names_none(lab):
-    write_parquet(lab / "mnist" / "train.parquet", pictures(4), [0, 1, 2, 1], names=None)
+def test_numbered_classes_where_the_table_names_none(data_folder):
+    write_parquet(data_folder / "mnist" / "train.parquet", pictures(4), [0, 1, 2, 1], names=None)
     assert load_data("mnist").classes == ["0", "1", "2"]
 
 
-def test_npz_comes_first(lab):
-    write_parquet(lab / "mnist" / "train.parquet", pictures(5), [0] * 5)
+def test_npz_comes_first(data_folder):
+    write_parquet(data_folder / "mnist" / "train.parquet", pictures(5), [0] * 5)
     np.savez(
-        lab / "mnist" / "train.npz",
+        data_folder / "mnist" / "train.npz",
         images=np.zeros((3, 1, 4, 4), np.uint8),
         labels=np.array([0, 2, 1]),
     )
@@ -185,8 +176,8 @@ def test_npz_comes_first(lab):
     assert (len(found), found.shape, found.classes) == (3, (1, 4, 4), ["0", "1", "2"])
 
 
-def test_unfit_npz(lab):
-    (lab / "mnist").mkdir()
+def test_unfit_npz(data_folder):
+    (data_folder / "mnist").mkdir()
     pixels = np.zeros((3, 1, 4, 4), np.uint8)
     for arrays, says in (
         ({"pictures": np.zeros(3)}, "no array images"),
@@ -199,25 +190,25 @@ def test_unfit_npz(lab):
         ({"images": pixels, "labels": np.arange(2)}, "labels"),
         ({"images": np.array([{}], dtype=object)}, "not readable"),
     ):
-        np.savez(lab / "mnist" / "train.npz", **arrays)
+        np.savez(data_folder / "mnist" / "train.npz", **arrays)
         message = error_of(load_data, "mnist")
         assert says in message and message.startswith("data = 'mnist'") and "\n" not in message
 
 
-def test_corrupt_parquet(lab):
-    (lab / "mnist").mkdir()
+def test_corrupt_parquet(data_folder):
+    (data_folder / "mnist").mkdir()
     noise = np.random.default_rng(0).bytes(2000)
     for content in (b"", b"PAR1 this is not parquet PAR1", noise):
-        (lab / "mnist" / "train.parquet").write_bytes(content)
+        (data_folder / "mnist" / "train.parquet").write_bytes(content)
         assert "not readable as parquet" in error_of(load_data, "mnist")
 
 
-def test_parquet_with_broken_or_uneven_images(lab):
+def test_parquet_with_broken_or_uneven_images(data_folder):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    (lab / "mnist").mkdir()
-    file = lab / "mnist" / "train.parquet"
+    (data_folder / "mnist").mkdir()
+    file = data_folder / "mnist" / "train.parquet"
     pq.write_table(pa.table({"image": [{"bytes": b"no image", "path": ""}], "label": [0]}), file)
     message = error_of(load_data, "mnist")
     assert "row 0: not a whole picture in a format" in message and "0x" not in message
@@ -227,7 +218,7 @@ def test_parquet_with_broken_or_uneven_images(lab):
     assert "no column image or images or img" in error_of(load_data, "mnist")
 
 
-def test_missing_data_says_the_three_ways(lab, monkeypatch):
+def test_missing_data_says_the_three_ways(data_folder, monkeypatch):
     import datasets
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -238,18 +229,18 @@ def test_missing_data_says_the_three_ways(lab, monkeypatch):
     )
     message = error_of(load_data, "mnist")
     assert "data = 'mnist' is not here" in message and "offline mode" in message
-    for way in (str(lab / "mnist"), "pip install datasets", "digits", "folder:PATH"):
+    for way in (str(data_folder / "mnist"), "pip install datasets", "digits", "folder:PATH"):
         assert way in message
     assert "not on the hub" in error_of(load_data, "cifar10_jpeg")
 
 
-def test_a_hub_that_does_not_answer_fails_fast(lab, monkeypatch):
+def test_a_hub_that_does_not_answer_fails_fast(data_folder, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "the hub does not answer" in error_of(load_data, "mnist")
 
 
-def test_hub_through_the_datasets_library(lab, monkeypatch, tmp_path):
+def test_hub_through_the_datasets_library(data_folder, monkeypatch, tmp_path):
     import datasets
 
     real, asked = datasets.load_dataset, []
@@ -289,7 +280,7 @@ def album(tmp_path):
     return tmp_path / "album"
 
 
-def test_folder_of_images(lab, album):
+def test_folder_of_images(data_folder, album):
     train, test = load_data(f"folder:{album}@16"), load_data(f"folder:{album}@16", "test")
     assert (len(train), len(test), train.shape, train.classes) == (
         22,
@@ -302,14 +293,14 @@ def test_folder_of_images(lab, album):
     assert load_data(f"folder:{album}").shape == (1, 20, 20)
 
 
-def test_one_coloured_picture_makes_the_folder_coloured(lab, album):
+def test_one_coloured_picture_makes_the_folder_coloured(data_folder, album):
     from PIL import Image
 
     Image.new("RGB", (40, 40), (255, 0, 0)).save(album / "cat" / "red.jpg")
     assert load_data(f"folder:{album}@16").shape == (3, 16, 16)
 
 
-def test_flat_folder_with_an_at_sign_has_no_classes(lab, tmp_path):
+def test_flat_folder_with_an_at_sign_has_no_classes(data_folder, tmp_path):
     from PIL import Image
 
     place = tmp_path / "me@home"
@@ -320,7 +311,7 @@ def test_flat_folder_with_an_at_sign_has_no_classes(lab, tmp_path):
     assert load_data(f"folder:{place}@32").shape == (1, 32, 32)
 
 
-def test_folder_errors(lab, album, tmp_path):
+def test_folder_errors(data_folder, album, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no images in" in error_of(load_data, f"folder:{tmp_path / 'empty'}")
     assert "there is no folder" in error_of(load_data, "folder:/no/such/place")
@@ -354,7 +345,7 @@ def test_the_real_sets(name):
     assert ("JPEG" in train.note) == train.flip == colour
 
 
-def test_every_registered_loader_is_a_function_of_split_and_device(lab, monkeypatch):
+def test_every_registered_loader_is_a_function_of_split_and_device(data_folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in DATA:
         try:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_data import pictures, png
+from test_data import REAL, pictures, png
 
 from cudlab.cli import main
 from cudlab.config import Config, CorruptData, error_of
@@ -28,16 +28,6 @@ from cudlab.training import train
 
 RAMP = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
 UPRIGHT = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
-GROUND = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
-
-
-@pytest.fixture
-def lab(tmp_path, monkeypatch):
-    "A lab with an empty data folder and cache; returns the data folder."
-    monkeypatch.setenv("CUDLAB_DATA_PATH", str(tmp_path / "data"))
-    monkeypatch.setenv("CUDLAB_CACHE_PATH", str(tmp_path / "cache"))
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
 
 
 def encode(image, kind: str = "PNG", **about) -> bytes:
@@ -75,7 +65,7 @@ def write_pictures(root: Path, *places: str, content: bytes = None) -> Path:
     return root
 
 
-def write_table(lab, file: str = "train", **columns):
+def write_table(data_folder, file: str = "train", **columns):
     "A parquet file of the set mnist, with ten pictures unless columns say other ones."
     import pyarrow as pa
     from pyarrow import parquet
@@ -85,16 +75,16 @@ def write_table(lab, file: str = "train", **columns):
         columns = {
             "image": [{"bytes": png(a), "path": None} for a in pictures(10, (8, 8))]
         } | columns
-    (lab / "mnist").mkdir(exist_ok=True)
+    (data_folder / "mnist").mkdir(exist_ok=True)
     table = pa.table(columns)
     if metadata:
         table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
-    parquet.write_table(table, lab / "mnist" / f"{file}.parquet")
+    parquet.write_table(table, data_folder / "mnist" / f"{file}.parquet")
 
 
-def refusal(lab, **columns) -> str:
+def refusal(data_folder, **columns) -> str:
     "The line that a table is refused with."
-    write_table(lab, **columns)
+    write_table(data_folder, **columns)
     message = error_of(load_data, "mnist")
     assert message.startswith("data = 'mnist': ") and "\n" not in message
     return message.split("train.parquet: ")[1]
@@ -103,13 +93,13 @@ def refusal(lab, **columns) -> str:
 # Pixels
 
 
-def test_a_16_bit_ramp_keeps_its_256_levels(lab, tmp_path):
+def test_a_16_bit_ramp_keeps_its_256_levels(data_folder, tmp_path):
     for place in "abcdefghij":
         write_pictures(tmp_path / "deep", f"{place}.png", content=encode(Image.fromarray(RAMP)))
     found = load_data(f"folder:{tmp_path / 'deep'}@16")
     assert found.images.double().mean() == 127.5 and len(found.images.unique()) == 256
     blob = {"bytes": encode(Image.fromarray(RAMP)), "path": None}
-    write_table(lab, image=[blob] * 4, label=[0, 1, 0, 1])
+    write_table(data_folder, image=[blob] * 4, label=[0, 1, 0, 1])
     assert np.array_equal(load_data("mnist").images[0, 0], found.images[0, 0])
 
 
@@ -147,7 +137,7 @@ def test_numbers_without_a_range_are_refused_by_name():
         assert says in error_of(read_picture, io.BytesIO(tiff(values, 32)))
 
 
-def test_what_is_under_transparent_pixels_is_never_seen(lab, tmp_path):
+def test_what_is_under_transparent_pixels_is_never_seen(data_folder, tmp_path):
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[..., 1] = 255
     pixels[:4] = 255, 0, 0, 255
@@ -190,7 +180,7 @@ def test_bits_ink_and_lab_become_what_a_viewer_shows():
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_pictures_stand_upright_from_every_source(kind, turn, lab, tmp_path):
+def test_pictures_stand_upright_from_every_source(kind, turn, data_folder, tmp_path):
     "EXIF: the first row is that side of the picture, the first column that one."
     stored = [UPRIGHT, UPRIGHT[:, ::-1], UPRIGHT[::-1, ::-1], UPRIGHT[::-1]]
     stored += [UPRIGHT.T, np.rot90(UPRIGHT), UPRIGHT[::-1, ::-1].T, np.rot90(UPRIGHT, -1)]
@@ -202,7 +192,7 @@ def test_pictures_stand_upright_from_every_source(kind, turn, lab, tmp_path):
     assert np.array_equal(read(blob)[..., 0], UPRIGHT)
     _, found = read_picture(io.BytesIO(blob))
     assert (found.height, found.width) == UPRIGHT.shape
-    write_table(lab, image=[blob])
+    write_table(data_folder, image=[blob])
     assert np.array_equal(load_data("mnist").images[0, 0], UPRIGHT)
 
 
@@ -214,12 +204,12 @@ def test_the_first_frame_and_page_is_read():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"])
-def test_a_picture_that_is_cut_off_is_one_line_with_its_place(kind, lab, tmp_path):
+def test_a_picture_that_is_cut_off_is_one_line_with_its_place(kind, data_folder, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     blob = encode(Image.fromarray(noise), kind)
     for share in (0, 0.3, 0.9):
         short = blob[: int(share * len(blob))]
-        assert refusal(lab, image=[blob, short]).startswith("row 1: ")
+        assert refusal(data_folder, image=[blob, short]).startswith("row 1: ")
     write_pictures(tmp_path / "cut", "a.png", "b.png")
     (tmp_path / "cut" / "b.png").write_bytes(short)
     message = error_of(load_data, f"folder:{tmp_path / 'cut'}")
@@ -240,14 +230,14 @@ def test_scaling_keeps_the_order_and_the_ends(low, high):
 # Grey or colour
 
 
-def test_one_coloured_picture_of_any_split_colours_all(lab, tmp_path):
+def test_one_coloured_picture_of_any_split_colours_all(data_folder, tmp_path):
     grey, red = png(np.zeros((8, 8), np.uint8)), encode(Image.new("RGB", (8, 8), (255, 0, 0)))
-    write_table(lab, image=[grey, red])
+    write_table(data_folder, image=[grey, red])
     found = load_data("mnist")
     assert found.shape == (3, 8, 8) and found.images[1, :, 0, 0].tolist() == [255, 0, 0]
-    write_table(lab, image=[grey, grey])
+    write_table(data_folder, image=[grey, grey])
     assert load_data("mnist").shape == (1, 8, 8)
-    write_table(lab, "test", image=[grey, red])
+    write_table(data_folder, "test", image=[grey, red])
     assert load_data("mnist").shape == (3, 8, 8)
     place = write_pictures(tmp_path / "album", *(f"{k}.png" for k in range(10)))
     assert load_data(f"folder:{place}").shape == (1, 8, 8)
@@ -259,7 +249,7 @@ def test_one_coloured_picture_of_any_split_colours_all(lab, tmp_path):
 # Folders
 
 
-def test_hidden_files_are_no_pictures_and_hidden_folders_no_classes(lab, tmp_path):
+def test_hidden_files_are_no_pictures_and_hidden_folders_no_classes(data_folder, tmp_path):
     place = write_pictures(tmp_path / "mac", *(f"{k}.png" for k in range(10)))
     for k in range(10):
         (place / f"._{k}.png").write_bytes(b"\0\5\x16\7")
@@ -274,7 +264,7 @@ def test_hidden_files_are_no_pictures_and_hidden_folders_no_classes(lab, tmp_pat
     assert (len(found), found.classes) == (11, ["a", "b"])
 
 
-def test_train_and_test_folders_are_splits(lab, tmp_path):
+def test_train_and_test_folders_are_splits(data_folder, tmp_path):
     names = [f"{split}/{kind}/{k}.png" for split in ("train", "test") for kind in ("cat", "dog")
              for k in range(3)]  # fmt: skip
     place = write_pictures(tmp_path / "pets", *names)
@@ -288,7 +278,7 @@ def test_train_and_test_folders_are_splits(lab, tmp_path):
     assert "splits train/ and test/" in str(found.source)
 
 
-def test_a_class_that_is_missing_in_a_split_shifts_no_other(lab, tmp_path):
+def test_a_class_that_is_missing_in_a_split_shifts_no_other(data_folder, tmp_path):
     place = write_pictures(tmp_path / "pets", "train/cat/1.png", "train/dog/2.png",
                            "Test/dog/3.png", "Test/emu/4.png")  # fmt: skip
     train, test = (load_data(f"folder:{place}", split) for split in ("train", "test"))
@@ -298,7 +288,7 @@ def test_a_class_that_is_missing_in_a_split_shifts_no_other(lab, tmp_path):
     assert load_data(f"folder:{write_pictures(tmp_path / 'ab', *names)}", "test").labels == 1
 
 
-def test_validation_is_the_test_split_where_there_is_no_other(lab, tmp_path):
+def test_validation_is_the_test_split_where_there_is_no_other(data_folder, tmp_path):
     place = write_pictures(tmp_path / "a", "train/x/1.png", "valid/x/2.png", "valid/y/3.png")
     assert len(load_data(f"folder:{place}", "test")) == 2
     write_pictures(place, "test/x/4.png", "extra/x/5.png", "6.png")
@@ -307,7 +297,7 @@ def test_validation_is_the_test_split_where_there_is_no_other(lab, tmp_path):
     assert found.source.left_out == {"in valid/": 2, "in extra/": 1, "in no split": 1}
 
 
-def test_which_folders_are_splits_and_which_are_classes(lab, tmp_path):
+def test_which_folders_are_splits_and_which_are_classes(data_folder, tmp_path):
     place = write_pictures(tmp_path / "a", "train/1.png", "bus/2.png")
     assert load_data(f"folder:{place}").classes == ["bus", "train"]
     place = write_pictures(tmp_path / "b", *(f"train/x/{k}.png" for k in range(10)))
@@ -325,7 +315,7 @@ def test_which_folders_are_splits_and_which_are_classes(lab, tmp_path):
     assert found.labels is None and "no classes, with pictures beside" in str(found.source)
 
 
-def test_links_are_followed_and_circles_are_not(lab, tmp_path):
+def test_links_are_followed_and_circles_are_not(data_folder, tmp_path):
     place = write_pictures(tmp_path / "real", *(f"{k}.png" for k in range(3)))
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "cat").symlink_to(place)
@@ -337,7 +327,7 @@ def test_links_are_followed_and_circles_are_not(lab, tmp_path):
     assert found.source.left_out["links in a circle"] == 2
 
 
-def test_names_of_any_bytes_are_read_and_named(lab, tmp_path):
+def test_names_of_any_bytes_are_read_and_named(data_folder, tmp_path):
     names = [os.fsdecode(name) for name in (b"caf\xe9", "實驗".encode(), b"a\x1b[31m")]
     place = write_pictures(tmp_path / "odd", *(f"{name}/{name}.png" for name in names))
     found = load_data(f"folder:{place}")
@@ -347,7 +337,7 @@ def test_names_of_any_bytes_are_read_and_named(lab, tmp_path):
     error_of(load_data, f"folder:{place}").split("not readable")[0].encode()
 
 
-def test_both_splits_have_the_same_side(lab, tmp_path):
+def test_both_splits_have_the_same_side(data_folder, tmp_path):
     place = tmp_path / "grow"
     for k in range(10):
         write_pictures(place, f"{k}.png", content=encode(Image.new("L", (20 + k, 30))))
@@ -357,12 +347,12 @@ def test_both_splits_have_the_same_side(lab, tmp_path):
     assert load_data(f"folder:{place}@8").shape == (1, 8, 8)
 
 
-def test_an_archive_is_named_as_one(lab, tmp_path):
+def test_an_archive_is_named_as_one(data_folder, tmp_path):
     (tmp_path / "pets.zip").write_bytes(b"PK")
     assert "unpack it first" in error_of(load_data, f"folder:{tmp_path / 'pets.zip'}@8")
 
 
-def test_a_run_goes_on_with_the_classes_it_was_started_with(lab, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_classes_it_was_started_with(data_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDLAB_RUNS_PATH", str(tmp_path / "runs"))
     names = [f"{split}/{kind}/1.png" for split in ("train", "test") for kind in ("cat", "dog")]
     place = write_pictures(tmp_path / "pets", *names)
@@ -381,7 +371,7 @@ def test_a_run_goes_on_with_the_classes_it_was_started_with(lab, tmp_path, monke
 # Tables and arrays
 
 
-def test_labels_that_are_no_classes_are_refused_with_their_row(lab):
+def test_labels_that_are_no_classes_are_refused_with_their_row(data_folder):
     names = {"info": {"features": {"label": {"names": ["a", "b", "c"], "_type": "ClassLabel"}}}}
     for labels, about, says in (
         ([0, 1, 2, -1] * 2 + [0, 1], None, "row 3 has label -1"),
@@ -396,56 +386,56 @@ def test_labels_that_are_no_classes_are_refused_with_their_row(lab):
         (["x" * 5000] * 10, None, "1 to 200 characters"),
         ([2**40] * 10, None, "at most 100,000 classes"),
     ):
-        assert says in refusal(lab, label=labels, metadata=about)
+        assert says in refusal(data_folder, label=labels, metadata=about)
 
 
-def test_labels_are_numbers_in_any_type_or_texts(lab):
+def test_labels_are_numbers_in_any_type_or_texts(data_folder):
     import pyarrow as pa
 
     numbers = [0, 1] * 5
     for kind in (pa.uint64(), pa.int8(), pa.float32(), pa.bool_()):
-        write_table(lab, label=pa.array(numbers).cast(kind))
+        write_table(data_folder, label=pa.array(numbers).cast(kind))
         found = load_data("mnist")
         assert (found.classes, found.labels.tolist()) == (["0", "1"], numbers), kind
-    write_table(lab, label=pa.array(["dog", "cat"] * 5).dictionary_encode())
+    write_table(data_folder, label=pa.array(["dog", "cat"] * 5).dictionary_encode())
     found = load_data("mnist")
     assert (found.classes, found.labels.tolist()) == (["cat", "dog"], [1, 0] * 5)
     assert found.source.labels == "column label"
 
 
-def test_classes_of_a_table_come_from_both_splits(lab):
-    write_table(lab, "train", label=["dog", "emu"] * 5)
-    write_table(lab, "test", label=["ape", "dog"] * 5)
+def test_classes_of_a_table_come_from_both_splits(data_folder):
+    write_table(data_folder, "train", label=["dog", "emu"] * 5)
+    write_table(data_folder, "test", label=["ape", "dog"] * 5)
     train, test = load_data("mnist"), load_data("mnist", "test")
     assert train.classes == test.classes == ["ape", "dog", "emu"]
     assert train.labels.tolist() == [1, 2] * 5 and test.labels.tolist() == [0, 1] * 5
-    write_table(lab, "train", label=[0, 1] * 5)
-    write_table(lab, "test", label=[0, -1] * 5)  # says so when it is asked for itself
+    write_table(data_folder, "train", label=[0, 1] * 5)
+    write_table(data_folder, "test", label=[0, -1] * 5)  # says so when it is asked for itself
     assert load_data("mnist").classes == ["0", "1"]
     assert "label -1" in error_of(load_data, "mnist", "test")
 
 
-def test_columns_are_found_by_name_in_a_fixed_order(lab):
+def test_columns_are_found_by_name_in_a_fixed_order(data_folder):
     blobs = [png(a) for a in pictures(4, (8, 8))]
-    write_table(lab, picture=blobs, coarse_label=[0] * 4, fine_label=[3, 2, 1, 0])
+    write_table(data_folder, picture=blobs, coarse_label=[0] * 4, fine_label=[3, 2, 1, 0])
     found = load_data("mnist")
     assert found.labels.tolist() == [3, 2, 1, 0] and found.source.labels == "column fine_label"
-    write_table(lab, image=blobs, labels=[1] * 4, fine_label=[3, 2, 1, 0])
+    write_table(data_folder, image=blobs, labels=[1] * 4, fine_label=[3, 2, 1, 0])
     assert load_data("mnist").source.labels == "column labels"
 
 
-def test_a_row_without_a_picture_is_named(lab):
+def test_a_row_without_a_picture_is_named(data_folder):
     import pyarrow as pa
 
     blob = png(np.zeros((8, 8), np.uint8))
-    assert "row 1 has none" in refusal(lab, image=[blob, None])
-    assert "row 0 has only a path" in refusal(lab, image=[{"bytes": None, "path": "a.png"}])
+    assert "row 1 has none" in refusal(data_folder, image=[blob, None])
+    assert "row 0 has only a path" in refusal(data_folder, image=[{"bytes": None, "path": "a.png"}])
     flat = pa.array([[0] * 64] * 3, pa.list_(pa.int8()))
-    assert "row 0 has a list, and needed is a picture file" in refusal(lab, image=flat)
+    assert "row 0 has a list, and needed is a picture file" in refusal(data_folder, image=flat)
 
 
-def test_arrays_of_every_layout_and_number(lab):
-    (lab / "mnist").mkdir()
+def test_arrays_of_every_layout_and_number(data_folder):
+    (data_folder / "mnist").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 6), dtype=np.uint8)
     for images, shape in (
         (pixels, (3, 8, 6)),
@@ -456,15 +446,20 @@ def test_arrays_of_every_layout_and_number(lab):
         (pixels / 255, (3, 8, 6)),
         (pixels > 255, (3, 8, 6)),
     ):
-        np.savez(lab / "mnist" / "train.npz", images=images, labels=np.array(["b", "a"] * 2))
+        np.savez(
+            data_folder / "mnist" / "train.npz", images=images, labels=np.array(["b", "a"] * 2)
+        )
         found = load_data("mnist")
         assert found.shape == shape and found.classes == ["a", "b"]
         expected = pixels[:, : shape[0]] * (images.dtype != bool)
         assert np.array_equal(found.images, expected), images.dtype
-    np.savez(lab / "mnist" / "train.npz", images=pixels, labels=np.array([{}] * 4))
+    np.savez(data_folder / "mnist" / "train.npz", images=pixels, labels=np.array([{}] * 4))
     assert "not readable as npz" in error_of(load_data, "mnist")
     np.savez(
-        lab / "mnist" / "train.npz", images=pixels, labels=[0, 1, 2, 3], classes=["a", "b", "c"]
+        data_folder / "mnist" / "train.npz",
+        images=pixels,
+        labels=[0, 1, 2, 3],
+        classes=["a", "b", "c"],
     )
     assert "row 3 has label 3, and there are 3 classes" in error_of(load_data, "mnist")
 
@@ -505,12 +500,12 @@ def test_every_label_is_a_class_or_one_line(values):
 )
 def test_what_shipped_runs_know_by_hash_is_the_same_content(name, hashes):
     "Slow where nothing is cached yet: 70,000 pictures are decoded."
-    if name != "digits" and not (GROUND / name / "train.parquet").is_file():
-        pytest.skip(f"no {GROUND / name}")
+    if name != "digits" and not (REAL / name / "train.parquet").is_file():
+        pytest.skip(f"no {REAL / name}")
     assert tuple(load_data(name, split).hash for split in ("train", "test")) == hashes
 
 
-def test_the_command_says_what_was_understood(lab, tmp_path, capsys):
+def test_the_command_says_what_was_understood(data_folder, tmp_path, capsys):
     names = [f"{split}/{kind}/{k}.png" for split in ("train", "test") for kind in ("cat", "dog")
              for k in range(3)]  # fmt: skip
     place = write_pictures(tmp_path / "pets", *names, "train/cat/._1.png")
@@ -528,17 +523,17 @@ def test_the_command_says_what_was_understood(lab, tmp_path, capsys):
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_the_command_knows_sets_points_and_bad_input(lab, tmp_path, capsys):
+def test_the_command_knows_sets_points_and_bad_input(data_folder, tmp_path, capsys):
     for name in ("digits", "moons"):
         assert main(["data", name, "--split", "test"]) == 0
         path = capsys.readouterr().out.splitlines()[-1].split(maxsplit=1)[1]
         assert Image.open(path).width > 300
-    write_table(lab, label=[0, -1] * 5)
+    write_table(data_folder, label=[0, -1] * 5)
     for argv, code in (
         (["mnist"], 5),
         (["mnits"], 2),
         ([str(tmp_path / "nowhere")], 5),
-        ([str(lab)], 5),
+        ([str(data_folder)], 5),
         (["digits", "--split", "val"], 2),
         (["digits", "--out", str(tmp_path)], 2),
         (["digits", "--out", "no/such/place.png"], 2),
