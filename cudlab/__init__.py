@@ -49,7 +49,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list:
-    return sorted([*globals(), *HOMES])
+    return sorted([*HOMES, "__version__"])
 
 
 from . import multistep  # noqa: E402, F401  the solvers with a memory join the registry

@@ -11,11 +11,12 @@ __all__ = ['LIST_ROW', 'COMMANDS', 'report_error', 'sigterm_as_interrupt',
            'export_command', 'import_command', 'data_command', 'format_commands',
            'run_command', 'main']  # fmt: skip
 
-# %% ../nbs/63_cli.ipynb #9736864a
+# %% ../nbs/63_cli.ipynb #6ce53b4f
 import argparse
 import collections
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -107,6 +108,9 @@ def add_config_flags(
     add_flags(parser, cls, skip=("args",))
     group = parser.add_argument_group(f"arguments of method {method} (another: --method NAME)")
     add_flags(group, lookup("method", method, METHODS), "args.")
+    for name, other in METHODS.items():
+        for f in fields(other):
+            parser.elsewhere.setdefault(f"--args.{f.name}", f"method {name}")
 
 
 # %% ../nbs/63_cli.ipynb #d17d6a2f
@@ -220,7 +224,10 @@ def show_command(argv: list) -> None:
     name = parser.read(argv)["run"]
     run = Run.open(name)
     print(f"run       {run.name}, step {run.step} of {run.num_steps}, in {run.dir}")
-    print(f"command   {' '.join(['cudlab train', *flags_of(run.config), '--name', run.name])}")
+    words = ["cudlab", "train", *flags_of(run.config)]
+    if run.dir.parent != get_settings().checkpoints_path:  # such a name is taken
+        words += ["--name", run.name.partition("@")[0]]
+    print(f"command   {shlex.join(words)}")
     labels = f"{len(run.classes)} classes" if run.config.classes else "labels not used"
     print(f"samples   shape {tuple(run.shape)}, {labels}, heads: {run.heads}")
     if "teacher" in run.info:
@@ -275,7 +282,7 @@ def evaluate_command(argv: list) -> None:
     from cudlab.evaluate import Evaluation, evaluate, parse_evaluation
 
     parser = Parser("evaluate", "Measure runs: quality against network calls.")
-    parser.add_argument("run", nargs="*", help="names or folders; none = the first that ships")
+    parser.add_argument("run", nargs="*", help="names or folders; none = your newest")
     add_flags(parser, Evaluation, skip=("run",))
     given = parser.read(argv)
     job = parse_evaluation(parse_fields(Evaluation, given | {"run": " ".join(given["run"])}))

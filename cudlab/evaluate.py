@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHARED', 'plan_points', 'find_score', 'find_fd', 'score_curve',
            'EvaluationOptions', 'Evaluation', 'to_words', 'parse_evaluation',
-           'ScoreEvent', 'RunPlan', 'find_known', 'plan_run', 'describe_score',
-           'evaluate', 'summarize']  # fmt: skip
+           'ScoreEvent', 'RunPlan', 'find_known', 'unspendable', 'plan_run',
+           'describe_score', 'evaluate', 'summarize']  # fmt: skip
 
 # %% ../nbs/42_evaluate.ipynb #a60f6e62
 import functools
@@ -125,7 +125,7 @@ def score_curve(
 class EvaluationOptions(Options):
     "The parameters of the evaluation job."
 
-    run: str = option("", "names or folders of runs; empty = the first that ships with the lab")
+    run: str = option("", "names or folders of runs; empty = your newest, or the first that ships")
     solvers: str = option("", "names in SOLVERS or dode runs; empty = euler, ab2, the run's own")
     nfes: str = option("1 2 3 4 6 8", "budgets in network calls per sample")
     seeds: str = option("0", "noise seeds")
@@ -165,11 +165,11 @@ class Evaluation(EvaluationOptions):
         return tuple(dict.fromkeys(map(int, words)))
 
     def targets(self) -> list:
-        "The runs to measure; empty if none is named and none ships with the lab."
+        "The runs to measure; empty if none is named and there is none."
         if self.run and Path(self.run).is_dir():  # the path of a folder may have spaces
             return [Run.open(self.run)]
-        shipped = (info.name for info in list_runs() if info.shipped and not info.damaged)
-        found = map(Run.open, self.words("run") or [*shipped][:1])
+        known = (info.name for info in list_runs() if not info.damaged)
+        found = map(Run.open, self.words("run") or [*known][:1])
         return list({run.dir: run for run in found}.values())
 
     def space(self, run: Run) -> Extractor:
@@ -261,6 +261,17 @@ def find_known(run: Run, space: Extractor, data: Data, points: list) -> list:
     return [(entry or {}) if skip else None for entry, skip in zip(found, known)]
 
 
+# %% ../nbs/42_evaluate.ipynb #5512c5c9
+def unspendable(
+    name: str,  # a name in SOLVERS, or a run of method dode
+    nfes: tuple,  # budgets in network calls per sample
+    denoise: bool,
+) -> list:
+    "Those budgets that no number of the solver's steps spends exactly."
+    solver = find_solver(name)
+    return [nfe for nfe in nfes if solver.nfe and not find_steps(solver, nfe, denoise)]
+
+
 # %% ../nbs/42_evaluate.ipynb #86ab26b3
 def plan_run(run: Run, job: Evaluation, data: Data) -> RunPlan:
     "Points, known scores and remarks of one run."
@@ -275,13 +286,10 @@ def plan_run(run: Run, job: Evaluation, data: Data) -> RunPlan:
     ]
     if len(points) < len(wanted):
         remarks.append(f"{len(wanted) - len(points)} points left out: {refusal}")
-    used = {how.solver for how in wanted}
-    idle = [name for name in job.words("solvers") if name not in used]
-    if idle:
-        budgets = " or ".join(map(str, job.whole_numbers("nfes", 1)))
-        remarks.append(
-            f"{', '.join(idle)} left out: no number of steps makes exactly {budgets} calls"
-        )
+    for name in job.words("solvers"):
+        if missing := unspendable(name, job.whole_numbers("nfes", 1), job.denoise):
+            budgets = " or ".join(map(str, missing))
+            remarks.append(f"{name} left out: no number of steps makes exactly {budgets} calls")
     return RunPlan(run, space, data, points, find_known(run, space, data, points), remarks, refusal)
 
 

@@ -36,8 +36,22 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+        self.elsewhere = {}  # flag -> where it would be one, for messages
+
     def error(self, message: str):
         raise ValueError(message)
+
+    def name_unknown(self, word: str, flag: str) -> str:
+        "What is wrong with a word that is no flag."
+        known = self._option_string_actions
+        if not word.startswith("-"):
+            return f"unknown word {word[:80]!r}"
+        if flag in self.elsewhere:
+            return f"{flag} belongs to {self.elsewhere[flag]}, not to this one"
+        of_method = f"--args.{flag[2:]}"
+        if of_method in known:
+            return f"unknown flag {word[:80]!r} (did you mean {of_method!r}?)"
+        return f"unknown flag {word[:80]!r}{did_you_mean(flag, known)}"
 
     def read(self, argv: list) -> dict:
         "What was given, as texts: name -> text."
@@ -48,8 +62,7 @@ class Parser(argparse.ArgumentParser):
             flag = f"--{key}"
             if equals and flag in self._option_string_actions:
                 raise ValueError(f"{word[:80]!r} is not a flag; write {flag} {value[:60]}")
-            hint = did_you_mean(flag, self._option_string_actions)
-            raise ValueError(f"unknown flag {word[:80]!r}{hint}; `{self.prog} --help` lists them")
+            raise ValueError(f"{self.name_unknown(word, flag)}; `{self.prog} --help` lists them")
         return vars(namespace)
 
 

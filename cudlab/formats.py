@@ -10,7 +10,7 @@ __all__ = ['MEANING', 'TEMPLATES', 'PROTOCOL_COLUMNS', 'SAMPLE_COLUMNS', 'FORMAT
            'write_hub', 'format_distance', 'score_row', 'score_table', 'hub_header',
            'write_readme', 'Format']  # fmt: skip
 
-# %% ../nbs/59_formats.ipynb #09c9e7b1
+# %% ../nbs/59_formats.ipynb #bf56678c
 import importlib.resources
 import json
 import logging
@@ -32,7 +32,7 @@ from .config import Options, option
 from .features import default_features
 from .provenance import get_provenance
 from .recipe import ExportModule, sampling_recipe, trace_module
-from .run import Run, find_solver
+from .run import Run, usual_sampling
 from .solver import Trajectory
 from .templates.bundle import find_code
 
@@ -87,10 +87,7 @@ class Export:
     @cached_property
     def sampling(self) -> dict:
         "Solver, steps, grid, head, guidance and calls a sample, where nothing is chosen the run's."
-        found = dict(self.run.sampling_defaults)
-        entry = find_solver(self.options.solver or found["solver"])
-        if entry.ts:
-            found |= {"steps": len(entry.ts) - 1, "grid": entry.grid}
+        found = usual_sampling(self.run, self.options.solver)
         found |= self.options.sampling()
         keys = ("solver", "steps", "grid", "head", "guidance")
         return {key: found[key] for key in keys} | {"nfe": round(self.reference.nfe)}

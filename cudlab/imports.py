@@ -400,6 +400,10 @@ def import_path(
         )
     if not options.name:
         raise ValueError("name = '' names no run; choose what it shall be called here")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"folder {shown!r} holds neither a run nor weights (it has no config.json)"
+        )
     if (path / "config.json").is_file():
         if options != ImportOptions(name=options.name):
             raise ValueError(f"{shown!r} is a run with its own configuration; give its name alone")

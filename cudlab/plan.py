@@ -358,9 +358,10 @@ def task_status(
     elif record:
         state = "running" if alive else "stopped"
     else:
-        state = "failed" if damage else "waiting"
+        # while the sweep runs, this may be a run that is being made at this moment
+        state = "failed" if damage and not alive else "waiting"
     why = record.get("why", "") if code else damage
-    why = "" if state == "running" else why
+    why = "" if state in ("running", "waiting") else why
     began = record.get("began", 0) if state == "running" else time.time()
     minutes = record.get("seconds", time.time() - began) / 60
     worker = record.get("worker", "")

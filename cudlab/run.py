@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunWeights', 'RunNetwork', 'find_solver', 'check_made_for',
            'check_made_on', 'check_guidance', 'check_finite', 'without_grad',
-           'RunSampling', 'RunWalk', 'Run']  # fmt: skip
+           'RunSampling', 'usual_sampling', 'RunWalk', 'Run']  # fmt: skip
 
 # %% ../nbs/32_run.ipynb #f34f9c38
 import re
@@ -311,6 +311,17 @@ class RunSampling(RunNetwork):
         return y.long()
 
 
+# %% ../nbs/32_run.ipynb #d4812d25
+def usual_sampling(
+    run: "Run",
+    solver,  # a name, or a `Solver`; None = the run's own
+) -> dict:
+    "How a run is sampled with a solver: its own way, or the times the solver was fitted for."
+    own = run.sampling_defaults
+    entry = find_solver(solver or own["solver"])
+    return own | ({"steps": len(entry.ts) - 1, "grid": entry.grid} if entry.ts else {})
+
+
 # %% ../nbs/32_run.ipynb #4f48ea58
 class RunWalk(RunSampling):
     "A run as a walk from noise to samples."
@@ -335,19 +346,17 @@ class RunWalk(RunSampling):
     ) -> Iterator[SolverState]:
         "Walk from noise to samples, yielding every state; wrong choices raise at once."
         chosen = dict(solver=solver, steps=steps, grid=grid, head=head, guidance=guidance)
-        own = self.sampling_defaults
-        name = own["solver"] if solver is None else solver
+        name = self.sampling_defaults["solver"] if solver is None else solver
         mine = self.method.trains == "solver" and name == self.name
         entry = self.solver() if mine else find_solver(name)  # no name may lead to its folder
-        if entry.ts:
-            own = own | {"steps": len(entry.ts) - 1, "grid": entry.grid}
+        own = usual_sampling(self, entry)
         self.check_sampling(**chosen | {"solver": name, "denoise": denoise})
         use = {key: own[key] if value is None else value for key, value in chosen.items()}
         head = check_int("head", use["head"], 1, self.heads)
         seed = check_int("seed", seed, 0, 2**63 - 1)
         steps = check_int("steps", use["steps"], 1, 1000)
         if not isinstance(index, Tensor):
-            index = torch.arange(check_int("count", index, 1, 100_000))
+            index = torch.arange(check_int("index", index, 1, 100_000))
         kind = entry.grid if use["grid"] == NATIVE else use["grid"]
         ts = time_grid(kind, steps, self.path, entry.needs_finite_logsnr, denoise)
         if entry.made_for:
@@ -368,6 +377,10 @@ class RunWalk(RunSampling):
 # %% ../nbs/32_run.ipynb #b4d1b414
 class Run(RunWalk):
     "A finished or running training on disk."
+
+    def __repr__(self) -> str:
+        c, done = self.config, f"step {self.step} of {self.num_steps}"
+        return f"<Run {self.name!r}: {c.method} on {c.data}, {done}>"
 
     built = None  # (objective, data) that made this run, for the training that follows
 

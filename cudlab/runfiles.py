@@ -93,9 +93,8 @@ def find_run(
         return find_checkpoint(find_run(run), step)
     if name and is_run(name):
         return Path(name).resolve()
-    hint = f"one of {', '.join(sorted(places)[:12])}" if places else "there are no runs yet"
-    more = f" and {len(places) - 12} more" if len(places) > 12 else ""
-    raise ValueError(f"unknown run {name[:80]!r}{did_you_mean(name[:80], places)}; {hint}{more}")
+    hint = "`cudlab list` shows those there are" if places else "there are no runs yet"
+    raise ValueError(f"unknown run {name[:80]!r}{did_you_mean(name[:80], places)}; {hint}")
 
 
 # %% ../nbs/31_runfiles.ipynb #12aca221

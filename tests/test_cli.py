@@ -2,6 +2,7 @@
 
 import builtins
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -197,8 +198,21 @@ def test_near_misses_and_old_words_get_a_hint(capsys):
         (["train", "--clip", "inf"], "clip = inf is out of range: at least 0 and a finite number"),
         (["sample", "digits-rf"], "--out"),
         (["show", "digits-fr"], "did you mean 'digits-rf'?"),
+        (["train", "--aim", "8"], "did you mean '--args.aim'?"),
+        (["train", "--method", "rf", "--args.aim", "8"], "belongs to method cud"),
+        (["list", "extra"], "unknown word 'extra'"),
     ):
         assert_refused(capsys, argv, hint)
+
+
+def test_the_command_that_show_prints_can_be_typed(capsys):
+    for name in ("mnist-hour-meanflow", "digits-cud"):
+        assert main(["show", name]) == 0
+        line = next(row for row in capsys.readouterr().out.splitlines() if "cudlab train" in row)
+        words = shlex.split(line.removeprefix("command"))
+        assert "--name" not in words  # it ships, so its name is taken
+        config, _ = parse_parameters(train_parameters(words[2:]))
+        assert config == Run.open(name).config
 
 
 def test_a_flag_given_twice_is_refused(capsys, tmp_path):

@@ -50,7 +50,8 @@ def test_events_count_the_parts(tmp_path):
     again = list(write_samples(run, tmp_path / "set", **WAY))
     assert [(event.part, event.new) for event in again] == [(1, False), (2, True), (0, False)]
     assert str(again[0]).endswith(", there already")
-    assert str(again[2]).startswith("32 samples of digits-rf, euler with 2 steps, seed 0, in ")
+    way = "euler with 2 steps, NFE 2, seed 0"
+    assert str(again[2]).startswith(f"32 samples of digits-rf, {way}, in ")
 
 
 def test_labels_are_kept_and_points_are_not_rounded(tmp_path):
@@ -133,7 +134,7 @@ def test_a_sheet_shows_the_samples_of_the_folder_and_says_what_they_are(tmp_path
     run = Run.open("digits-rf")
     list(write_samples(run, tmp_path / "set", n=7, per_part=4, steps=2, png=True))
     (event,) = write_samples(run, tmp_path / "sheet.png", n=7, per_part=3, steps=2)
-    assert str(event).startswith("7 samples of digits-rf, euler with 2 steps, seed 0, on ")
+    assert str(event).startswith("7 samples of digits-rf, euler with 2 steps, NFE 2, seed 0, on ")
     x = read_samples(tmp_path / "set")[0][:, 0].int()
     sheet = read_png(tmp_path / "sheet.png").int()
     assert sheet.shape == (3 * 66 - 2, 3 * 66 - 2)
@@ -178,3 +179,16 @@ def test_a_sheet_that_cannot_be_is_refused_before_anything_is_sampled(tmp_path, 
     out = tmp_path / "nowhere" / "a.png"
     assert said in error_of(list, write_samples(Run.open(name), out, n=n))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_learned_solver_is_taken_with_its_own_times(tmp_path):
+    *_, end = write_samples(
+        Run.open("digits-rf"), tmp_path / "five", solver="digits-dode-euler5", n=4
+    )
+    assert "digits-dode-euler5 with 5 steps, NFE 5" in str(end)
+
+
+def test_pictures_of_other_kinds_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no PNG: name a folder, or NAME.png"):
+        list(write_samples(Run.open("digits-rf"), tmp_path / "sheet.jpg", n=4))
+    assert not (tmp_path / "sheet.jpg").exists()

@@ -15,7 +15,7 @@ import pytest
 
 from cudlab.config import error_of
 from cudlab.create import create_run
-from cudlab.disk import is_locked
+from cudlab.disk import is_locked, run_lock
 from cudlab.jobs import parse_parameters, read_status
 from cudlab.plan import SweepOptions, TaskStatus, format_table, load_sweep, sweep_status
 from cudlab.run import Run
@@ -183,6 +183,17 @@ def test_the_status_says_what_is_damaged(lab):
         "torn.evaluate": "failed",
     }
     assert "config.json" in rows[1].why
+
+
+def test_a_run_that_is_being_made_is_no_failure(lab):
+    (lab / "runs" / "new").mkdir(parents=True)
+    (lab / "runs" / "new" / "config.json").write_text("{}")
+    sweep = load_sweep(grid(lab, {"evaluate": {"run": "new", "solvers": "euler", "nfes": "4"}}))
+    sweep.dir.mkdir(parents=True, exist_ok=True)
+    with run_lock(sweep.dir):
+        (row,) = sweep_status(sweep)
+    assert (row.state, row.why) == ("waiting", "")
+    assert sweep_status(sweep)[0].state == "failed"
 
 
 @pytest.mark.parametrize(
