@@ -211,7 +211,9 @@ def test_the_shipped_learned_solver_is_for_the_shipped_network():
 
 @pytest.mark.parametrize("study", ["aim", "solvers", "compare"])
 def test_scores_in_the_results_come_from_the_study(study):
-    assert (ROOT / f"docs/{study}.md").read_text().strip() in (ROOT / "docs/results.md").read_text()
+    page = (ROOT / f"docs/{study}.md").read_text()
+    table = page[page.index("\n| ") :].strip()
+    assert table in (ROOT / "docs/results.md").read_text()
     assert json.loads((ROOT / f"docs/{study}.json").read_text())["protocol"].startswith("digits")
 
 
