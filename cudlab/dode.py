@@ -317,6 +317,8 @@ class DODEOptions(Objective):
 class DODESolver(DODEOptions):
     "The solver that the options describe, given its numbers."
 
+    top = 1.0  # the largest time of the network
+
     @property
     def times(self) -> str:
         "The name of the grid, with `native` looked up."
@@ -331,7 +333,8 @@ class DODESolver(DODEOptions):
 
     def make_times(self, path: Path) -> Tensor:
         "The grid of the solver, (moves + 1,)."
-        return make_grid(self.times, self.moves, path, SOLVERS[self.base].needs_finite_logsnr)
+        finite = SOLVERS[self.base].needs_finite_logsnr
+        return make_grid(self.times, self.moves, path, finite, top=self.top)
 
     def numbers(self, path: Path, shape: tuple) -> Coefficients:
         "Room for the numbers of samples of this shape."
@@ -355,9 +358,11 @@ class DODESolver(DODEOptions):
         metadata |= {"grid": self.times, "start": self.leans_on_noise, "basis": self.leans_on}
         return learned_solver(base, lam, self.ts, self.path, **metadata)
 
-    def make_solver(self, numbers: Coefficients, path: Path, **metadata) -> Solver:
-        "The solver that a finished run holds."
-        self.path = path
+    def make_solver(
+        self, numbers: Coefficients, path: Path, top: float = 1.0, **metadata
+    ) -> Solver:
+        "The solver that a finished run holds, for a network that knows times up to `top`."
+        self.path, self.top = path, top
         self.ts = self.make_times(path)
         source = f"D-ODE: {self.base} with {len(numbers.lam)} learned numbers (2309.16421)"
         return self.solver(numbers.lam.detach().cpu(), source=source, **metadata)
@@ -375,6 +380,7 @@ class DODE(DODESolver):
 
     def bind(self, net: nn.Module, path: Path, steps: int, flow: Callable = None) -> "DODE":
         self.net, self.path, self.steps, self.flow = net, path, steps, flow
+        self.top = getattr(net, "top", 1.0)
         self.ts = self.make_times(path)
         self.players = {"solver": self.numbers(path, net.shape)}
         self.ema, self.frozen = self.players, {}
@@ -385,7 +391,8 @@ class DODE(DODESolver):
         where = self.ts, self.path
         base, basis = SOLVERS[self.base], self.leans_on
         if self.faithful:
-            goals = published_states(f, x, *where, self.base, self.times, self.scale)
+            how = self.base, self.times, self.scale, self.top
+            goals = published_states(f, x, *where, *how)
         else:
             goals = teacher_states(f, x, *where, self.base, self.target, self.scale)
         lam = fit_greedy(f, x, *where, base, goals, self.channels, self.leans_on_noise, basis)

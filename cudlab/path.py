@@ -6,9 +6,9 @@
 __all__ = ['linear', 'QUARTER', 'cosine', 'PATHS', 'T_MIN', 'GRIDS', 'append_dims',
            'Path', 'make_vp_path', 'GaussianMixture', 'change_path', 'to_denoiser',
            'from_denoiser', 'to_noise_predictor', 'from_noise_predictor',
-           'uniform_grid', 'sigma_times', 'logsnr_grid', 'edm_grid', 'shifted_grid',
-           'vp_grid', 'leading_grid', 'check_grid', 'make_grid', 'SchedulePoint',
-           'schedule_points']  # fmt: skip
+           'uniform_grid', 'noise_ratio', 'vp_top', 'sigma_times', 'logsnr_grid',
+           'edm_grid', 'shifted_grid', 'vp_grid', 'leading_grid', 'check_grid',
+           'make_grid', 'SchedulePoint', 'schedule_points']  # fmt: skip
 
 # %% ../nbs/04_path.ipynb #eef452f4
 import inspect
@@ -247,12 +247,26 @@ def from_noise_predictor(
 T_MIN = 0.002  # noise-to-data ratio where a grid without the last move stops
 
 
-def uniform_grid(steps: int, path: Path, denoise: bool = True) -> Tensor:
-    "Equal steps in t from 1 to 0."
+def uniform_grid(steps: int, path: Path, denoise: bool = True, top: float = 1.0) -> Tensor:
+    "Equal steps in t from top to 0."
     last = torch.zeros(())
     if not denoise:
         last = path.time(-torch.log(torch.tensor(T_MIN, dtype=torch.float64)))
-    return torch.linspace(1, last.item(), steps + 1, dtype=torch.float64)
+    return torch.linspace(top, last.item(), steps + 1, dtype=torch.float64)
+
+
+# %% ../nbs/04_path.ipynb #8c2bbabd
+def noise_ratio(path: Path, t: float) -> float:
+    "Noise-to-data ratio at a time; inf at pure noise."
+    t = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = path.alpha(t).item(), path.sigma(t).item()
+    return sigma / alpha if alpha else math.inf
+
+
+def vp_top(path: Path, top: float) -> float:
+    "Where the grids of the VP path start for networks that know times up to `top` of a path."
+    ratio = torch.tensor(noise_ratio(path, top), dtype=torch.float64)
+    return PATHS["vp"].time(-ratio.log()).clamp(max=1).item() if top < 1 else 1.0
 
 
 # %% ../nbs/04_path.ipynb #e2f4fbd8
@@ -267,10 +281,15 @@ def sigma_times(
 
 
 def logsnr_grid(
-    steps: int, path: Path, denoise: bool = True, sigma_max: float = 80.0, sigma_min: float = 0.01
+    steps: int,
+    path: Path,
+    denoise: bool = True,
+    top: float = 1.0,
+    sigma_max: float = 80.0,
+    sigma_min: float = 0.01,
 ) -> Tensor:
     "Equal steps in half log-SNR, then one move to 0."
-    ends = math.log(sigma_max), math.log(sigma_min)
+    ends = math.log(min(sigma_max, noise_ratio(path, top))), math.log(sigma_min)
     logs = torch.linspace(*ends, steps + (not denoise), dtype=torch.float64)
     return sigma_times(logs.exp(), path, denoise)
 
@@ -280,38 +299,41 @@ def edm_grid(
     steps: int,
     path: Path,
     denoise: bool = True,
+    top: float = 1.0,
     rho: float = 7.0,
     sigma_max: float = 80.0,
     sigma_min: float = 0.002,
 ) -> Tensor:
     "Equal steps in sigma^(1/rho), then one move to 0 (2206.00364 eq. 5)."
-    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    ends = min(sigma_max, noise_ratio(path, top)) ** (1 / rho), sigma_min ** (1 / rho)
     roots = torch.linspace(*ends, steps + (not denoise), dtype=torch.float64)
     return sigma_times(roots**rho, path, denoise)
 
 
-# %% ../nbs/04_path.ipynb #b958d1cb
-def shifted_grid(steps: int, path: Path, denoise: bool = True, shift: float = 3.0) -> Tensor:
+# %% ../nbs/04_path.ipynb #c4818dd7
+def shifted_grid(
+    steps: int, path: Path, denoise: bool = True, top: float = 1.0, shift: float = 3.0
+) -> Tensor:
     "A uniform grid bent towards noise: t' = a t / (1 + (a - 1) t)."
     t = uniform_grid(steps, path, denoise)
-    return shift * t / (1 + (shift - 1) * t)
+    return top * shift * t / (1 + (shift - 1) * t)
 
 
 # %% ../nbs/04_path.ipynb #7fc2cb84
-def vp_grid(steps: int, path: Path, denoise: bool = True) -> Tensor:
+def vp_grid(steps: int, path: Path, denoise: bool = True, top: float = 1.0) -> Tensor:
     "Equal steps in the time of the VP path, as DDIM with trailing time steps (2010.02502)."
-    vp = PATHS["vp"]
-    ts = uniform_grid(steps, vp, denoise)
-    return path.time(vp.lam(ts)).where(ts > 0, 0)
+    ts = uniform_grid(steps, PATHS["vp"], denoise, vp_top(path, top))
+    return path.time(PATHS["vp"].lam(ts)).where(ts > 0, 0)
 
 
 # %% ../nbs/04_path.ipynb #5b67b793
-def leading_grid(steps: int, path: Path, denoise: bool = True) -> Tensor:
+def leading_grid(steps: int, path: Path, denoise: bool = True, top: float = 1.0) -> Tensor:
     "DDIM's first grid: every (1000 // N)-th of 1,000 indices from 0 on, walked down."
     count = steps + (not denoise)
     gap = 1000 // count if count <= 1000 else 1000 / count
     index = torch.arange(count - 1, -1, -1, dtype=torch.float64) * gap
-    return sigma_times(torch.exp(-PATHS["vp"].lam((index + 1) / 1000)), path, denoise)
+    times = (index + 1) / 1000 * vp_top(path, top)
+    return sigma_times(torch.exp(-PATHS["vp"].lam(times)), path, denoise)
 
 
 # %% ../nbs/04_path.ipynb #177d7503
@@ -333,7 +355,7 @@ def check_grid(name: str, steps: int, path: Path, denoise: bool, options: dict) 
         raise ValueError(f"path = {str(path)[:40]!r} is not a Path; take one of PATHS")
     if not isinstance(denoise, bool):
         raise ValueError(f"denoise = {str(denoise)[:40]!r} is not True or False")
-    known = list(inspect.signature(GRIDS[name]).parameters)[3:]
+    known = list(inspect.signature(GRIDS[name]).parameters)[4:]
     for key, value in options.items():
         if key not in known:
             takes = ", ".join(known) or "no options"
@@ -350,12 +372,13 @@ def make_grid(
     path: Path = linear,  # grids of the signal-to-noise ratio depend on the path
     finite: bool = False,  # start where the log signal-to-noise ratio is finite
     denoise: bool = True,  # whether the last move goes to t = 0
+    top: float = 1.0,  # the largest time that the network was trained at
     **options,  # rho, sigma_max, sigma_min, shift
 ) -> Tensor:
-    "A decreasing row of times from (near) 1 to 0, float32, (steps + 1,)."
+    "A decreasing row of times from (near) `top` to 0, float32, (steps + 1,)."
     grid_fn = lookup("grid", name, GRIDS)
     check_grid(name, steps, path, denoise, options)
-    ts = grid_fn(steps, path, denoise, **options)
+    ts = grid_fn(steps, path, denoise, top, **options)
     if finite and path.alpha(ts[0]) < 1e-6:
         ts = ts * path.time(torch.tensor(-math.log(80.0), dtype=torch.float64))
     ts = ts.float()

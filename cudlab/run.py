@@ -7,7 +7,7 @@ __all__ = ['RunWeights', 'RunNetwork', 'find_solver', 'check_made_for',
            'check_made_on', 'check_guidance', 'check_finite', 'without_grad',
            'RunSampling', 'usual_sampling', 'RunWalk', 'Run']  # fmt: skip
 
-# %% ../nbs/32_run.ipynb #f34f9c38
+# %% ../nbs/32_run.ipynb #42cd9b67
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .borrowed import rebuild_network
 from .checkpoint import (
     check_int,
     load_strict,
@@ -75,12 +76,13 @@ class RunWeights(RunFolder):
         "What the run trains, untrained: its network, or the numbers of its solver."
         if self.method.trains == "solver":
             return self.method.numbers(self.path, self.shape)
-        c = self.config
+        c, count = self.config, len(self.classes) if self.config.classes else 0
         options = dict(dropout=c.dropout, phi0=c.phi0, **self.method.network_options())
-        count = len(self.classes) if c.classes else 0
         try:
+            if "foreign" in self.info:
+                return rebuild_network(self.info["foreign"], self.shape, count)
             return make_network(c.net, self.shape, classes=count, **options)
-        except ValueError as e:
+        except (KeyError, TypeError, ValueError) as e:
             raise corrupt(self.dir / "config.json", f"makes no network ({e})") from None
 
     def network_hash(self, weights: str = "ema") -> str:
@@ -116,6 +118,12 @@ class RunNetwork(RunWeights):
             raise CorruptData(f"{what}, which is another now; fit one under another name=")
         teacher.nets = self.nets  # read once
         return teacher
+
+    @property
+    def top(self) -> float:
+        "The largest time that the network was trained at, where sampling starts."
+        read = self.network_run.info.get("foreign", {}).get("reading", {})
+        return read.get("top", 1.0)
 
     @property
     def reference_run(self) -> "RunNetwork":
@@ -295,7 +303,7 @@ class RunSampling(RunNetwork):
         bound = dict(head=self.method.head, guidance=self.method.guidance)
         bound |= dict(denoise=True, lower_order_final=None, numbers=self.network_hash())
         made_for = self.info["teacher"] | bound
-        return self.method.make_solver(numbers, self.path, made_for=made_for)
+        return self.method.make_solver(numbers, self.path, self.top, made_for=made_for)
 
     def labels(self, y, count: int) -> Tensor:
         "Class labels for `count` samples, (count,)."
@@ -358,7 +366,8 @@ class RunWalk(RunSampling):
         if not isinstance(index, Tensor):
             index = torch.arange(check_int("index", index, 1, 100_000))
         kind = entry.grid if use["grid"] == NATIVE else use["grid"]
-        ts = time_grid(kind, steps, self.path, entry.needs_finite_logsnr, denoise)
+        finite = entry.needs_finite_logsnr
+        ts = time_grid(kind, steps, self.path, finite, denoise, self.top)
         if entry.made_for:
             made = dict(head=head, guidance=use["guidance"], denoise=denoise)
             made["network"] = self.network_run.network_hash(weights)

@@ -91,6 +91,7 @@ def published_states(
     base: str,  # the student's solver
     name: str,  # the student's kind of grid
     scale: int,  # C; less where C moves for each call are more than 1,000
+    top: float = 1.0,  # the largest time of the network
 ) -> list:
     """The published code's teacher states in the scale of the student's, K tensors (B, *S): every
     C-th of a finer grid, by DDIM for solvers of several calls a move.
@@ -99,7 +100,7 @@ def published_states(
     marks = adjustable_times(entry, ts, path)
     teacher = "ddim" if entry.nfe(2) > 2 else base
     scale = min(scale, 1000 // len(marks))
-    times = make_grid(name, scale * len(marks), path, entry.needs_finite_logsnr)
+    times = make_grid(name, scale * len(marks), path, entry.needs_finite_logsnr, top=top)
     marks = torch.tensor([ts[0].item(), *marks], dtype=torch.float64)
     own, published = (
         [published_scale(base, at) for at in schedule_points(path, where)]
