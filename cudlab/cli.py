@@ -341,16 +341,16 @@ def export_command(argv: list) -> None:
 # %% ../nbs/63_cli.ipynb #c0ae9158
 def import_command(argv: list) -> None:
     "cudlab import"
-    from cudlab.imports import ImportOptions, import_path
+    from cudlab.borrow import SourceOptions, import_source
 
-    parser = Parser("import", "Take a run, or weights, from elsewhere into the lab.")
-    parser.add_argument("source", help="a run's folder, or a safetensors file")
-    add_config_flags(parser, ImportOptions, find_method(argv, "rf"))
+    parser = Parser("import", "Take a run, weights, or somebody's network into the lab.")
+    parser.add_argument("source", help="a folder of a run or of diffusers, or a file of weights")
+    add_config_flags(parser, SourceOptions, find_method(argv, "rf"))
     given = gather_args(parser.read(argv))
     args = type_method_args(given.get("method", "rf"), given.pop("args", {}))
-    options = from_dict(ImportOptions, parse_fields(ImportOptions, given) | {"args": args})
+    options = from_dict(SourceOptions, parse_fields(SourceOptions, given) | {"args": args})
     with sigterm_as_interrupt():
-        print(import_path(given["source"], options))
+        print(import_source(given["source"], options))
 
 
 # %% ../nbs/63_cli.ipynb #7a2bff53
@@ -379,7 +379,7 @@ def data_command(argv: list) -> None:
     print(f"{'sheet':9} {path}")
 
 
-# %% ../nbs/63_cli.ipynb #87ae03c9
+# %% ../nbs/63_cli.ipynb #bc087c3e
 COMMANDS = {
     "train": (train_command, "train a run, or continue the one of the same configuration"),
     "resume": (resume_command, "continue a run by its name"),
@@ -391,7 +391,7 @@ COMMANDS = {
     "sample": (sample_command, "samples as files"),
     "sweep": (sweep_command, "many trainings and evaluations from one file"),
     "export": (export_command, "a run for people without the lab"),
-    "import": (import_command, "a run, or weights, from elsewhere"),
+    "import": (import_command, "a run, weights, or a network of diffusers or EDM"),
 }
 
 

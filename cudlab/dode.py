@@ -292,6 +292,7 @@ class DODEOptions(Objective):
     )
 
     trains = "solver"
+    top = 1.0  # the largest time of the network
     supervision = "teacher"
 
     def check(self, config: Config) -> None:
@@ -316,8 +317,6 @@ class DODEOptions(Objective):
 @dataclass
 class DODESolver(DODEOptions):
     "The solver that the options describe, given its numbers."
-
-    top = 1.0  # the largest time of the network
 
     @property
     def times(self) -> str:

@@ -41,7 +41,7 @@ class BorrowOptions(Options):
         "EDM weights without their class: preconditioning",
         choices=("", "edm", "vp", "ve", "iddpm"),
     )
-    clip: float = option(
+    clip_sample: float = option(
         -1.0, "range of x0_hat; 0 = not clipped, -1 = as the scheduler says", low=-1
     )
     null: int = option(-1, "the label that means none, where the network has one", low=-1)
@@ -189,7 +189,7 @@ def read_table(scheduler: dict, output: str, options: BorrowOptions) -> tuple:
             "network says nothing about the data; these are weights for v_prediction, or the "
             "scheduler is not theirs"
         )
-    clip = options.clip
+    clip = options.clip_sample
     if clip < 0:
         clip = float(scheduler.get("clip_sample_range", 1.0)) * bool(scheduler.get("clip_sample"))
     known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")

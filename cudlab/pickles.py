@@ -160,10 +160,10 @@ def husk_tensors(
     prefix: str = "",  # before every name
 ) -> dict:
     "The tensors of a module and of all modules in it, by name: its state_dict."
-    tensors = {}
+    tensors, passing = {}, husk.state.get("_non_persistent_buffers_set") or ()
     for kind in ("_parameters", "_buffers"):
         for name, tensor in (husk.state.get(kind) or {}).items():
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and name not in passing:
                 tensors[f"{prefix}{name}"] = tensor
     for name, module in (husk.state.get("_modules") or {}).items():
         if isinstance(module, Husk):

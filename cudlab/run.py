@@ -120,12 +120,6 @@ class RunNetwork(RunWeights):
         return teacher
 
     @property
-    def top(self) -> float:
-        "The largest time that the network was trained at, where sampling starts."
-        read = self.network_run.info.get("foreign", {}).get("reading", {})
-        return read.get("top", 1.0)
-
-    @property
     def reference_run(self) -> "RunNetwork":
         "The run whose ODE samples are held against: the first in the row of teachers, or itself."
         known = self.info.get("teacher")
@@ -333,6 +327,11 @@ def usual_sampling(
 # %% ../nbs/32_run.ipynb #4f48ea58
 class RunWalk(RunSampling):
     "A run as a walk from noise to samples."
+
+    @property
+    def top(self) -> float:
+        "The largest time that the network was trained at, where sampling starts."
+        return self.network_run.info.get("foreign", {}).get("reading", {}).get("top", 1.0)
 
     def iterate(
         self,
