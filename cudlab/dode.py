@@ -6,7 +6,7 @@
 __all__ = ['BASES', 'NATIVE', 'WILD', 'REFERENCE', 'UNUSED', 'noise_scale',
            'Changes', 'AdjustedVelocity', 'learned_solver', 'inner_products',
            'fit_greedy', 'gauss_newton_steps', 'fit_joint', 'Coefficients',
-           'DODEOptions', 'DODESolver', 'DODE']  # fmt: skip
+           'DODEOptions', 'DODESolver', 'DODECalibration', 'DODE']  # fmt: skip
 
 # %% ../nbs/12_dode.ipynb #1a0125ae
 import math
@@ -372,12 +372,14 @@ class DODESolver(DODEOptions):
         return noise * noise_scale(self.ts, self.path)
 
 
-# %% ../nbs/12_dode.ipynb #dbfa74e9
+# %% ../nbs/12_dode.ipynb #c2822b12
 @dataclass
-class DODE(DODESolver):
-    "A distilled ODE solver: one learned number for each call of a solver with few steps."
+class DODECalibration(DODESolver):
+    "The numbers that one batch of starting states asks for."
 
-    def bind(self, net: nn.Module, path: Path, steps: int, flow: Callable = None) -> "DODE":
+    def bind(
+        self, net: nn.Module, path: Path, steps: int, flow: Callable = None
+    ) -> "DODECalibration":
         self.net, self.path, self.steps, self.flow = net, path, steps, flow
         self.top = getattr(net, "top", 1.0)
         self.ts = self.make_times(path)
@@ -398,6 +400,12 @@ class DODE(DODESolver):
         if self.fit_by == "joint":
             lam = fit_joint(f, x, *where, base, goals[-1], lam, basis)
         return lam
+
+
+# %% ../nbs/12_dode.ipynb #dbfa74e9
+@dataclass
+class DODE(DODECalibration):
+    "A distilled ODE solver: one learned number for each call of a solver with few steps."
 
     @torch.no_grad()
     def fit(self, data, config: Config, state: dict = None) -> Iterator[TrainStep]:
