@@ -88,7 +88,7 @@ def check_config(
     open_teacher(config)
     if config.net != "auto":
         lookup("network", config.net, NETS)
-    if config.data not in DATA:
+    if config.data not in DATA and "data" in make_method(config).supervision:
         load_data(config.data)
 
 
