@@ -140,7 +140,12 @@ def compare_samples(
         tolerance = math.inf if export.options.dtype.endswith("float16") else TOLERANCE
     else:
         noise = draw_noise(0, torch.arange(8), export.run.shape)
-        made = sample_with_export(folder, noise, export.labels)
+        given = noise, export.labels
+        made = (
+            form.sample(export, folder, *given)
+            if form.sample
+            else sample_with_export(folder, *given)
+        )
         tolerance = TOLERANCE * max_weight(export.rows)
     truth = export.reference.x
     difference = math.inf

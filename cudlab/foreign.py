@@ -223,16 +223,20 @@ class ForeignInner(nn.Module):
 class ForeignVelocity(ForeignInner):
     "The same as a velocity of the linear path."
 
+    def answer(self, fed: Tensor, asked: Tensor, y: Tensor = None) -> Tensor:
+        "What the network answers, in its own dtype; a time keeps at least single precision."
+        weight = next(self.inner.parameters(), fed)
+        asked = asked.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        y = self.label(y, len(fed), fed.device)
+        return self.kind.call(self.inner, fed.to(weight.dtype), asked, y, self.given)
+
     def velocity(self, x: Tensor, t: Tensor, y: Tensor = None) -> Tensor:
         "The velocity at times in the network's range, t (B,) in float64, x and v (B, *S)."
         reading = self.reading
         fed = x * append_dims(SCALINGS[reading.state](t, reading.sigma_data), x).to(x)
         if reading.unit:
             fed = (fed + 1) / 2
-        weight = next(self.inner.parameters(), x)
-        asked = self.ask(t).to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        y = self.label(y, len(x), x.device)
-        out = self.kind.call(self.inner, fed.to(weight.dtype), asked, y, self.given)
+        out = self.answer(fed, self.ask(t), y)
         of_state, of_answer = OUTPUTS[reading.output](t, reading.sigma_data)
         of_answer = of_answer * reading.sign / (2 if reading.unit else 1)
         of_state, of_answer = (append_dims(factor, x).to(x) for factor in (of_state, of_answer))

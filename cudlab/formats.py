@@ -6,11 +6,11 @@
 __all__ = ['MEANING', 'TEMPLATES', 'PROTOCOL_COLUMNS', 'SAMPLE_COLUMNS', 'FORMATS',
            'ExportOptions', 'Export', 'read_template', 'make_card', 'write_json',
            'write_card', 'write_onnx', 'write_torch', 'read_module', 'write_code',
-           'save_tensors', 'write_index', 'write_diffusers', 'write_run',
-           'write_hub', 'format_distance', 'score_row', 'score_table', 'hub_header',
-           'write_readme', 'Format']  # fmt: skip
+           'save_tensors', 'write_index', 'write_diffusers', 'write_scheduler',
+           'sample_by_scheduler', 'write_run', 'write_hub', 'format_distance',
+           'score_row', 'score_table', 'hub_header', 'write_readme', 'Format']  # fmt: skip
 
-# %% ../nbs/59_formats.ipynb #bf56678c
+# %% ../nbs/59_formats.ipynb #f3febc42
 import importlib.resources
 import json
 import logging
@@ -33,6 +33,7 @@ from .features import default_features
 from .provenance import get_provenance
 from .recipe import ExportModule, sampling_recipe, trace_module
 from .run import Run, usual_sampling
+from .scheduler import sample_with_scheduler, scheduler_table
 from .solver import Trajectory
 from .templates.bundle import find_code
 
@@ -42,7 +43,9 @@ from .templates.bundle import find_code
 class ExportOptions(Options):
     "What is written, where, and how the run is sampled by it."
 
-    to: str = option("", "onnx, torch-export, diffusers-folder, hub-folder or run")
+    to: str = option(
+        "", "onnx, torch-export, diffusers-folder, diffusers-scheduler, hub-folder or run"
+    )
     out: str = option("", "folder to write; empty = RUN-TO in the working directory")
     what: str = option(
         "net",
@@ -283,6 +286,25 @@ def write_diffusers(export: Export, folder: Path) -> None:
     save_tensors(net, unet / "diffusion_pytorch_model.safetensors", "net.")
 
 
+# %% ../nbs/59_formats.ipynb #d4a98a1e
+def write_scheduler(export: Export, folder: Path) -> None:
+    "A scheduler of diffusers: its code, and its numbers as a configuration."
+    table = scheduler_table(export.graph.net, export.rows)
+    write_json(folder / "scheduler_config.json", {"_class_name": "CudlabScheduler"} | table)
+    (folder / "scheduling_cudlab.py").write_text(read_template("scheduling_cudlab.py"))
+
+
+# %% ../nbs/59_formats.ipynb #2da1ff42
+def sample_by_scheduler(
+    export: Export,
+    folder: Path,  # with a scheduler
+    eps: Tensor,  # noise, (B, *S)
+    y: Tensor = None,  # labels, (B,)
+) -> Tensor:
+    "The samples of diffusers' own loop with this scheduler and the run's network."
+    return sample_with_scheduler(folder, export.graph.answer, eps, y)
+
+
 # %% ../nbs/59_formats.ipynb #0ad4a82a
 def write_run(export: Export, folder: Path) -> None:
     "The run without its training state."
@@ -407,9 +429,10 @@ class Format:
     packages: tuple = ()  # that writing needs
     whats: tuple = ("net",)  # values of `what` that it can be
     is_run: bool = False  # opened by the lab, not by a program of its own
+    sample: Callable | None = None  # sample(export, folder, noise, labels), without a program
 
 
-# %% ../nbs/59_formats.ipynb #c253f073
+# %% ../nbs/59_formats.ipynb #237f3226
 FORMATS = {
     "onnx": Format(
         write_onnx,
@@ -419,6 +442,9 @@ FORMATS = {
     ),
     "torch-export": Format(write_torch, write_card, whats=("net", "sampler")),
     "diffusers-folder": Format(write_diffusers, write_index, packages=("diffusers",)),
+    "diffusers-scheduler": Format(
+        write_scheduler, write_card, packages=("diffusers",), sample=sample_by_scheduler
+    ),
     "hub-folder": Format(write_hub, write_readme, packages=("huggingface_hub",), is_run=True),
     "run": Format(write_run, None, is_run=True),
 }

@@ -154,6 +154,15 @@ class ExportModule(nn.Module):
             return self.net(x, t, y, r)
         return self.net.heads(x, t, y, r)[self.head - 1]
 
+    def answer(self, x: Tensor, asked: Tensor, y: Tensor = None) -> Tensor:
+        "What the network itself answers when it is fed a state and asked, guidance included."
+        bare = getattr(self.net, "answer", self.net)
+        told = bare(x, asked, y)
+        if y is None or self.guidance == 1:
+            return told
+        free = bare(x, asked, torch.full_like(y, self.net.classes))
+        return free + self.guidance * (told - free)
+
     def guided(self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None) -> Tensor:
         "The velocity under classifier-free guidance; (B, *S)."
         r = r if self.net.times == 2 else None

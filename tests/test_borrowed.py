@@ -2,6 +2,7 @@
 pickles read as tensors, folders that are refused, and a run that is one like any other.
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -25,7 +26,9 @@ from cudlab.config import Config, error_of
 from cudlab.create import create_run
 from cudlab.edm import build_edm
 from cudlab.edm_files import infer_edm, read_precond
+from cudlab.export import export_run
 from cudlab.foreign import ForeignNetwork, Reading
+from cudlab.formats import ExportOptions
 from cudlab.found import BorrowOptions, find_diffusers
 from cudlab.pickles import husk_tensors, read_pickle
 from cudlab.rng import draw_noise
@@ -36,6 +39,8 @@ from cudlab.training import train
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+NEAR = {"rtol": 0, "atol": 1e-4}
 
 # EDM
 
@@ -468,3 +473,49 @@ def test_a_forged_description_is_damage(theirs, tmp_path):
     ):
         with pytest.raises((ValueError, TypeError)):
             rebuild_network(told | {key: value}, (1, 8, 8))
+
+
+# the way back
+
+
+def scheduler_in(folder):
+    spec = importlib.util.spec_from_file_location("theirs", folder / "scheduling_cudlab.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CudlabScheduler.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"solver": "ab2", "steps": 5, "grid": "uniform"},
+        {"solver": "dpmpp-2m", "steps": 6},
+        {"solver": "edm-heun", "steps": 4, "grid": "edm"},
+        {"solver": "euler", "steps": 1, "grid": "uniform"},
+    ],
+    ids=lambda c: c["solver"],
+)
+def test_a_sampler_leaves_as_a_scheduler_of_diffusers(theirs, ddpm, tmp_path, choices):
+    options = ExportOptions(to="diffusers-scheduler", out=str(tmp_path / "out"), **choices)
+    done = export_run(theirs, options)
+    scheduler = scheduler_in(tmp_path / "out")
+    net = diffusers.UNet2DModel.from_pretrained(ddpm / "unet")
+    pipe = diffusers.DDPMPipeline(net, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 1, 8, 8, generator=generator)
+    drawn = pipe(
+        2,
+        generator=generator.manual_seed(0),
+        num_inference_steps=done.nfe,
+        output_type="np",
+        return_dict=False,
+    )[0]
+    walk = theirs.solve(index=2, device="cpu", **choices)
+    start = noise / scheduler.init_noise_sigma * walk.ts[0]  # this pipeline starts at deviation one
+    mine = solve(theirs.velocity(device="cpu"), start, walk.ts, choices["solver"]).x
+    assert_close(torch.from_numpy(drawn)[..., 0], (mine[:, 0] / 2 + 0.5).clamp(0, 1), **NEAR)
+    with pytest.raises(ValueError, match="this table has"):
+        scheduler.set_timesteps(99)
+    with pytest.raises(ValueError, match="cannot begin with a picture"):
+        scheduler.set_begin_index(1)

@@ -430,3 +430,30 @@ def test_the_command_line_exports(tmp_path, capsys):
     assert "did you mean 'onnx'?" in capsys.readouterr().err
     assert main(["export", "digits-boot", "--to", "onnx", "--stepps", "3"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("digits-dode-euler5", {}),
+        ("digits-rf", {"solver": "unipc3-bh2", "steps": 6}),
+        ("digits-cud-aim8-classes", {"solver": "heun", "steps": 3, "guidance": 2.0}),
+        ("digits-boot", {}),
+    ],
+)
+def test_any_fixed_sampler_leaves_as_a_scheduler_of_diffusers(tmp_path, name, choices):
+    done = write(Run.open(name), "diffusers-scheduler", tmp_path / "out", **choices)
+    assert done.difference <= done.tolerance
+    held = json.loads((tmp_path / "out" / "scheduler_config.json").read_text())
+    guided = 1 + (choices.get("guidance", 1) != 1)
+    assert held["_class_name"] == "CudlabScheduler" and guided * len(held["asked"]) == done.nfe
+
+
+def test_jumps_and_adaptive_steps_make_no_scheduler(tmp_path):
+    for name, solver, text in (
+        ("digits-meanflow", "flow-map", "a network of two times"),
+        ("digits-rf", "rk45", "has no fixed recipe"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            write(Run.open(name), "diffusers-scheduler", tmp_path / name, solver=solver)
+        assert not (tmp_path / name).exists()
