@@ -192,7 +192,10 @@ class Config(Options):
     method: str = option("cud", "what to train: a name in METHODS")
     args: dict = option({}, "arguments of the method, for example {'aim': 8}")
     data: str = option("digits", "data set: a name in DATA, or folder:PATH@SIZE")
-    net: str = option("auto", "network preset: a name in NETS; auto = the one made for the data")
+    net: str = option(
+        "auto",
+        "a name in NETS; auto = made for the data, teacher = a copy of the teacher's",
+    )
     path: str = option("linear", "noise-to-data path: a name in PATHS")
     classes: bool = option(False, "condition on the class label")
     label_dropout: float = option(

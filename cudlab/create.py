@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_teacher', 'open_teacher', 'check_config', 'first_difference',
-           'check_run_name', 'resolve_run_dir', 'describe_run', 'write_new_run',
-           'create_run']  # fmt: skip
+           'check_run_name', 'resolve_run_dir', 'describe_copy', 'describe_run',
+           'write_new_run', 'create_run']  # fmt: skip
 
 # %% ../nbs/35_create.ipynb #dc221aeb
 import datetime
@@ -86,7 +86,7 @@ def check_config(
 ) -> None:
     "Raise what building it would raise, as far as that can be known without building it."
     open_teacher(config)
-    if config.net != "auto":
+    if config.net not in ("auto", "teacher"):
         lookup("network", config.net, NETS)
     if config.data not in DATA and "data" in make_method(config).supervision:
         load_data(config.data)
@@ -151,6 +151,18 @@ def resolve_run_dir(
     return run_dir
 
 
+# %% ../nbs/35_create.ipynb #f78e7ce4
+def describe_copy(
+    teacher: Run,  # whose network a student has
+) -> dict:
+    "What config.json says of a network that is a copy."
+    known = teacher.info.get("foreign")
+    if not known:
+        return {"net": teacher.info.get("net", teacher.config.net)}
+    told = {key: value for key, value in known.items() if key != "checked"}
+    return {"foreign": told | {"reading": told["reading"] | {"clip": 0.0}}}
+
+
 # %% ../nbs/35_create.ipynb #828fc1c6
 def describe_run(
     config: Config,  # what to train
@@ -175,6 +187,8 @@ def describe_run(
             "step": teacher.step,
             "heads": teacher.heads,
         }
+        if config.net == "teacher":
+            info |= describe_copy(teacher)
     return info | get_provenance()
 
 

@@ -110,6 +110,11 @@ def check_options(run: Run, options: ExportOptions) -> Format:
             f"what = {options.what!r} is not possible with to = {options.to!r}; what=net, or "
             "what=sampler with to=onnx or to=torch-export"
         )
+    if options.to == "diffusers-folder" and "foreign" in run.network_run.info:
+        raise ValueError(
+            f"to = 'diffusers-folder' would ship the lab's code for a network that came from "
+            f"{run.network_run.info['foreign']['from']!r}; use to=diffusers-scheduler beside it"
+        )
     if options.dtype and options.to != "run":
         raise ValueError(f"dtype = {options.dtype!r} goes with to=run, not with {options.to!r}")
     missing = [name for name in form.packages if importlib.util.find_spec(name) is None]

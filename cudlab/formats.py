@@ -273,7 +273,7 @@ def write_diffusers(export: Export, folder: Path) -> None:
     write_code(unet, "model")
     config = {
         "_class_name": "VelocityModel",
-        "preset": source.config.net,
+        "preset": source.info.get("net", source.config.net),
         "shape": list(source.shape),
         "classes": net.classes,
         "heads": source.heads,

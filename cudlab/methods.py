@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'RUN_METHODS', 'make_method', 'sampling_layout',
            'training_layout', 'NoiseData', 'training_data', 'copy_weights',
-           'training_network', 'teacher_flow', 'build_objective']  # fmt: skip
+           'copy_network', 'training_network', 'teacher_flow', 'build_objective']  # fmt: skip
 
-# %% ../nbs/30_methods.ipynb #d8bb62f3
+# %% ../nbs/30_methods.ipynb #03519c02
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from .boot import BOOT
-from .borrowed import Borrowed
+from .borrowed import Borrowed, without_clip
 from .config import Config, find_device, from_dict, lookup
 from .consistency import Consistency
 from .cud import CUD
@@ -136,6 +137,27 @@ def copy_weights(
     net.load_state_dict(given, strict=False)
 
 
+# %% ../nbs/30_methods.ipynb #b2adbf45
+def copy_network(
+    method: Objective,  # what will be trained
+    teacher,  # the run whose network is copied
+) -> nn.Module:
+    "A network like the teacher's, with its averaged weights; a `ValueError` where it does not do."
+    if not teacher:
+        raise ValueError(
+            "net = 'teacher' needs a teacher; name one, for example args.teacher=digits-rf"
+        )
+    net = copy.deepcopy(teacher.net("ema", "cpu")).requires_grad_(True)
+    wanted = method.network_options()
+    for key, has in (("times", net.times), ("heads", net.count)):
+        if wanted.get(key, 1) != has:
+            raise ValueError(
+                f"net = 'teacher' does not go with this method, which needs a network of "
+                f"{wanted.get(key, 1)} {key}: that of {teacher.name!r} has {has}"
+            )
+    return without_clip(net) if hasattr(net, "reading") else net
+
+
 # %% ../nbs/30_methods.ipynb #fca8f8c2
 def training_network(
     config: Config,  # what to train
@@ -147,6 +169,8 @@ def training_network(
     "The network a training starts with: fresh, with the teacher's weights, or the teacher's own."
     if method.trains == "solver":
         return teacher.net("ema", device)
+    if config.net == "teacher":
+        return copy_network(method, teacher)
     net = make_network(
         config.net,
         data.shape,

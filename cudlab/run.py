@@ -81,7 +81,8 @@ class RunWeights(RunFolder):
         try:
             if "foreign" in self.info:
                 return rebuild_network(self.info["foreign"], self.shape, count)
-            return make_network(c.net, self.shape, classes=count, **options)
+            net = self.info.get("net", c.net)
+            return make_network(net, self.shape, classes=count, **options)
         except (KeyError, TypeError, ValueError) as e:
             raise corrupt(self.dir / "config.json", f"makes no network ({e})") from None
 

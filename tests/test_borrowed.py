@@ -2,6 +2,7 @@
 pickles read as tensors, folders that are refused, and a run that is one like any other.
 """
 
+import copy
 import importlib.util
 import io
 import json
@@ -30,8 +31,10 @@ from cudlab.export import export_run
 from cudlab.foreign import ForeignNetwork, Reading
 from cudlab.formats import ExportOptions
 from cudlab.found import BorrowOptions, find_diffusers
+from cudlab.gdd import GDD
+from cudlab.path import PATHS
 from cudlab.pickles import husk_tensors, read_pickle
-from cudlab.rng import draw_noise
+from cudlab.rng import Rng, draw_noise
 from cudlab.run import Run
 from cudlab.schedule import NoiseTable, kept_variance
 from cudlab.solver import SOLVERS, solve
@@ -519,3 +522,86 @@ def test_a_sampler_leaves_as_a_scheduler_of_diffusers(theirs, ddpm, tmp_path, ch
         scheduler.set_timesteps(99)
     with pytest.raises(ValueError, match="cannot begin with a picture"):
         scheduler.set_begin_index(1)
+
+
+# students
+
+STUDENTS = {
+    "boot": {},
+    "reflow": {"pairs": 16, "moves": 4},
+    "distill": {"pairs": 16, "moves": 4, "targets": "2 4"},
+    "pd": {"first": 1},
+    "consistency": {},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(theirs, ddpm):
+    "The same network as one of the digits, which its random weights do not explain."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cudlab.borrow.check_reading", lambda found, data: {})
+        return import_source(ddpm, SourceOptions(name="teacher", data="digits")).run
+
+
+def train_student(theirs, method, name, **more):
+    args = dict(teacher=theirs.name) | more
+    short = dict(steps=3, batch=4, warmup=1, save_every=3, net="teacher", data="digits")
+    run = create_run(Config(method=method, args=args, **short), name)
+    first = run.net(device="cpu").inner.state_dict()
+    same = theirs.net(device="cpu").inner.state_dict()
+    assert all(torch.equal(first[key], same[key]) for key in same)
+    list(train(run))
+    return Run.open(name)
+
+
+@pytest.mark.parametrize("method", STUDENTS)
+def test_students_with_its_network_start_as_it_and_are_trained(teacher, method):
+    student = train_student(teacher, method, f"student-{method}", **STUDENTS[method])
+    assert student.step == 3 and student.verify()
+    assert student.info["foreign"]["reading"]["clip"] == 0
+    before = teacher.net(device="cpu").inner.conv_in.weight
+    assert not torch.equal(student.net(device="cpu").inner.conv_in.weight, before)
+    walk = student.solve(index=2, device="cpu")
+    assert torch.isfinite(walk.x).all() and walk.x.shape == (2, 1, 8, 8)
+    assert student.top == teacher.top
+    assert student.info["teacher"]["name"] == teacher.name
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "text"),
+    [
+        ("meanflow", {"teacher": "teacher"}, "needs a network of 2 times: that of 'teacher' has"),
+        ("shortcut", {"teacher": "teacher"}, "needs a network of 2 times"),
+        ("rf", {}, "net = 'teacher' needs a teacher"),
+    ],
+)
+def test_methods_that_need_another_network_refuse_it_in_a_line(teacher, method, args, text):
+    config = Config(method=method, args=args, net="teacher", data="digits", steps=3)
+    assert text in error_of(create_run, config, "never")
+
+
+def test_gdd_looks_through_its_encoder_and_freezes_its_layers(theirs):
+    net = theirs.net(device="cpu")
+    method = GDD(teacher="theirs", width=4)
+    twin = copy.deepcopy(net).requires_grad_(True)
+    method.bind(twin, PATHS["linear"], 3)
+    frozen = {name for name, p in twin.named_parameters() if not p.requires_grad}
+    assert frozen and all(name.startswith("inner.") for name in frozen)
+    assert {net.roles()[name] for name in frozen} == {"conv0", "conv1", "proj"}
+    x0 = torch.rand(4, 1, 8, 8) * 2 - 1
+    losses = method(x0, None, Rng(0))
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_a_folder_of_the_labs_code_is_refused(theirs, tmp_path):
+    options = ExportOptions(to="diffusers-folder", out=str(tmp_path / "out"))
+    assert "use to=diffusers-scheduler" in error_of(export_run, theirs, options)
+
+
+def test_a_copy_of_a_lab_network_needs_no_preset(lab):
+    args = {"teacher": "digits-rf"}
+    short = dict(steps=2, batch=4, warmup=1, save_every=2)
+    run = create_run(Config(method="boot", args=args, net="teacher", **short), "copied")
+    list(train(run))
+    assert Run.open("copied").info["net"] == "auto"
+    assert torch.isfinite(Run.open("copied").sample(index=2).x).all()
