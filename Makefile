@@ -39,7 +39,7 @@ train: setup ## train through papermill nbs/train.ipynb; Ctrl-C stops it, resuma
 explore: setup ## serve the explorer on http://127.0.0.1:7860
 	@python apps/explorer.py $(if $(PORT),--port $(PORT))
 
-test: setup ## lint, notebooks, and the fast tests: about ten minutes on two cores
+test: setup ## lint, notebooks, and the fast tests: 10 to 17 minutes on two cores
 	@python tools/suite.py $(ARGS)
 
 test-all: setup ## the same with the long tests: hundreds of kills, every method times every fault
