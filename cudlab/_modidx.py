@@ -947,6 +947,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cudlab.recipe.ExportModule.__init__': ('recipe.html#exportmodule.__init__', 'cudlab/recipe.py'),
                                'cudlab.recipe.ExportModule.answer': ('recipe.html#exportmodule.answer', 'cudlab/recipe.py'),
                                'cudlab.recipe.ExportModule.forward': ('recipe.html#exportmodule.forward', 'cudlab/recipe.py'),
+                               'cudlab.recipe.ExportModule.guide': ('recipe.html#exportmodule.guide', 'cudlab/recipe.py'),
                                'cudlab.recipe.ExportModule.guided': ('recipe.html#exportmodule.guided', 'cudlab/recipe.py'),
                                'cudlab.recipe.ExportModule.velocity': ('recipe.html#exportmodule.velocity', 'cudlab/recipe.py'),
                                'cudlab.recipe.apply_recipe': ('recipe.html#apply_recipe', 'cudlab/recipe.py'),

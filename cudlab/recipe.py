@@ -154,23 +154,23 @@ class ExportModule(nn.Module):
             return self.net(x, t, y, r)
         return self.net.heads(x, t, y, r)[self.head - 1]
 
+    def guide(self, call: Callable, y: Tensor = None) -> Tensor:
+        "What call(label) gives under classifier-free guidance; (B, *S)."
+        told = call(y)
+        if y is None or self.guidance == 1:
+            return told
+        free = call(torch.full_like(y, self.net.classes))
+        return free + self.guidance * (told - free)
+
     def answer(self, x: Tensor, asked: Tensor, y: Tensor = None) -> Tensor:
         "What the network itself answers when it is fed a state and asked, guidance included."
         bare = getattr(self.net, "answer", self.net)
-        told = bare(x, asked, y)
-        if y is None or self.guidance == 1:
-            return told
-        free = bare(x, asked, torch.full_like(y, self.net.classes))
-        return free + self.guidance * (told - free)
+        return self.guide(lambda label: bare(x, asked, label), y)
 
     def guided(self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None) -> Tensor:
         "The velocity under classifier-free guidance; (B, *S)."
         r = r if self.net.times == 2 else None
-        v = self.velocity(x, t, y, r)
-        if y is None or self.guidance == 1:
-            return v
-        free = self.velocity(x, t, torch.full_like(y, self.net.classes), r)
-        return free + self.guidance * (v - free)
+        return self.guide(lambda label: self.velocity(x, t, label, r), y)
 
     def forward(self, *given: Tensor) -> Tensor:
         "In the order of `inputs`: x (B, *S), t (B,), y (B,), r (B,)."
