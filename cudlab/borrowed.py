@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNET_ROLES', 'KINDS', 'build_diffusers', 'call_unet2d', 'unet_maps',
-           'rebuild_network', 'without_clip', 'Borrowed']  # fmt: skip
+           'wrap_network', 'rebuild_network', 'without_clip', 'Borrowed']  # fmt: skip
 
 # %% ../nbs/24_borrowed.ipynb #6c2a9acb
 from dataclasses import dataclass, replace
@@ -61,6 +61,20 @@ KINDS = {
 }
 
 
+# %% ../nbs/24_borrowed.ipynb #0b5b024f
+def wrap_network(
+    inner: nn.Module,  # as it was trained
+    kind: str,  # a name in KINDS
+    reading: Reading,
+    shape: tuple,  # of one sample
+    classes: int = 0,  # 0 = unconditional
+    table: dict = None,  # what a scheduler says of its table, where it has one
+) -> ForeignNetwork:
+    "A network from elsewhere as a velocity."
+    rows = None if table is None else NoiseTable(kept_variance(table))
+    return ForeignNetwork(inner, KINDS[kind], reading, shape, classes, rows)
+
+
 # %% ../nbs/24_borrowed.ipynb #6370edd3
 def rebuild_network(
     told: dict,  # what a run says under `foreign`
@@ -69,10 +83,9 @@ def rebuild_network(
 ) -> ForeignNetwork:
     "The untrained network of a run."
     kind = lookup("class of network", told["class"], KINDS)
-    table = NoiseTable(kept_variance(told["table"])) if "table" in told else None
     reading = from_dict(Reading, told["reading"], "word of a reading:")
     inner = kind.build(told["network"])
-    return ForeignNetwork(inner, kind, reading, shape, classes, table)
+    return wrap_network(inner, told["class"], reading, shape, classes, told.get("table"))
 
 
 # %% ../nbs/24_borrowed.ipynb #ccfff850
