@@ -6,21 +6,21 @@
 __all__ = ['SETTINGS', 'is_finite', 'scalars', 'mean_fd', 'best_score', 'RunInfo',
            'run_status', 'find_missing', 'format_time_of', 'find_oddities',
            'read_run_info', 'look_at_run', 'run_info', 'list_runs', 'get_run_info',
-           'config_value', 'config_diff', 'shard_tensors', 'cut_weights',
-           'copy_run', 'strip_run']  # fmt: skip
+           'config_value', 'config_diff', 'shard_tensors', 'pack_parts',
+           'cut_weights', 'copy_run', 'strip_run']  # fmt: skip
 
-# %% ../nbs/34_catalog.ipynb #c6b04e9e
+# %% ../nbs/34_catalog.ipynb #ff62a334
 import datetime
 import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
-from .checkpoint import newest_checkpoint, save_checkpoint
+from .checkpoint import newest_checkpoint, pack_tensors, save_checkpoint
 from .config import Config, did_you_mean
 from .disk import (
     atomic_write,
@@ -31,6 +31,7 @@ from .disk import (
 )
 from .features import default_features
 from .jobs import RunStatus, read_status
+from .network import DECODER
 from .run import Run
 from .runfiles import read_scores, run_dirs, run_stamp, stat_file
 
@@ -274,13 +275,24 @@ def shard_tensors(
     return found
 
 
+# %% ../nbs/34_catalog.ipynb #739dc2ed
+def pack_parts(
+    tensors: dict,  # name -> tensor
+    most: int,  # bytes of a file
+) -> dict:
+    "Averaged weights as files: name -> what makes the bytes of a part when it is written."
+    parts = shard_tensors(tensors, most)
+    names = ["ema.safetensors", *(f"ema-{i}.safetensors" for i in range(2, len(parts) + 1))]
+    return {name: partial(pack_tensors, part) for name, part in zip(names, parts)}
+
+
 # %% ../nbs/34_catalog.ipynb #9030cd9d
 def cut_weights(
     run: Run,
     dtype: str,  # float16, bfloat16 or float32
     most: int,  # bytes of a file
 ) -> dict:
-    "The averaged weights alone, as such numbers: file name -> bytes."
+    "The averaged weights alone, as such numbers: file name -> what makes the bytes."
     module = run.new_network()
     run.load("ema", {run.method.trains: module})
     tensors = {}
@@ -292,16 +304,14 @@ def cut_weights(
                 f"dtype = {dtype!r} cannot hold the weights of run {run.name!r}; use dtype=bfloat16"
             )
         tensors[f"{run.method.trains}.{key}"] = value.contiguous()
-    parts = shard_tensors(tensors, most)
-    names = ["ema.safetensors", *(f"ema-{i}.safetensors" for i in range(2, len(parts) + 1))]
-    return {name: safetensors.torch.save(part) for name, part in zip(names, parts)}
+    return pack_parts(tensors, most)
 
 
 # %% ../nbs/34_catalog.ipynb #76028ff2
 def copy_run(
     run: Run,
     target: Path,  # new folder
-    files: dict,  # name -> bytes, of its checkpoint
+    files: dict,  # of its checkpoint: name -> bytes, or what makes them
     meta: dict,  # what checkpoint.json says
 ) -> Run:
     "A new run folder with this run's configuration, log, scores and notebook, and these files."
@@ -338,11 +348,11 @@ def strip_run(
     if Path(target).exists():
         raise ValueError(f"folder {str(target)!r} exists; name a new one")
     run.verify()
+    kept = (DECODER,) if dtype else (DECODER, "net", "ema")
+    names = [name for name in run.files if name.startswith(kept)]
+    files = {name: partial(read_file, run.checkpoint / name, 2**40) for name in names}
     if dtype:
-        files = cut_weights(run, dtype, most)
-    else:
-        names = [n for n in run.files if n.startswith(("net", "ema"))]
-        files = {name: read_file(run.checkpoint / name, 2**40) for name in names}
+        files |= cut_weights(run, dtype, most)
     meta = {"training_cost": run.training_cost, "network": run.network_hash()}
     copy = copy_run(run, target, files, meta)
     copy.load("ema", {run.method.trains: run.new_network()})  # it opens

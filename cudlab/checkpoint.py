@@ -8,8 +8,9 @@ __all__ = ['SUMS', 'CONFIG', 'LINE', 'checkpoint_dir', 'step_of', 'is_complete',
            'prune_checkpoints', 'remove_leftovers', 'is_logged_after',
            'trim_metrics', 'read_sums', 'read_verified', 'is_cost', 'read_meta',
            'verify_checkpoint', 'find_damage', 'restore_hint', 'check_int',
-           'load_strict', 'max_file_size', 'check_finite_weights', 'pack_modules',
-           'save_weights', 'save_optimizer', 'lay_out', 'load_optimizer']  # fmt: skip
+           'load_strict', 'max_file_size', 'check_finite_weights', 'pack_tensors',
+           'pack_modules', 'save_weights', 'save_optimizer', 'lay_out',
+           'load_optimizer']  # fmt: skip
 
 # %% ../nbs/29_checkpoint.ipynb #67d0779e
 import contextlib
@@ -87,7 +88,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 def save_checkpoint(
     run_dir: Path,  # whose config.json is there; locked by this process
     step: int,  # training step
-    files: dict,  # name -> bytes
+    files: dict,  # name -> bytes, or what makes them when they are written
     meta: dict,  # what checkpoint.json says besides: training_cost, network
 ) -> Path:
     "Add a checkpoint to a run; an `OSError` leaves the run as it was."
@@ -95,17 +96,21 @@ def save_checkpoint(
     if is_complete(target):
         raise FileExistsError(errno.EEXIST, "this checkpoint is there already", str(target))
     files = files | {"config.json": read_file(Path(run_dir) / "config.json")}
-    meta = {"step": step} | meta | {"bytes": {name: len(data) for name, data in files.items()}}
-    files["checkpoint.json"] = json.dumps(meta, indent=1).encode()
-    sums = {name: hash_bytes(data) for name, data in files.items()}
-    sums[CONFIG] = sums["config.json"]
-    files[SUMS] = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()).encode()
     part = target.with_name(target.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
+        sums, sizes = {}, {}
         for name, data in files.items():
+            data = data() if callable(data) else data
             write_durable(part / name, data)
+            sums[name], sizes[name] = hash_bytes(data), len(data)
+        meta = {"step": step} | meta | {"bytes": sizes}
+        about = json.dumps(meta, indent=1).encode()
+        write_durable(part / "checkpoint.json", about)
+        sums |= {"checkpoint.json": hash_bytes(about), CONFIG: sums["config.json"]}
+        lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
+        write_durable(part / SUMS, lines.encode())
         fsync_dir(part)
         fsync_run(run_dir)
         shutil.rmtree(target, ignore_errors=True)
@@ -297,26 +302,30 @@ def check_int(
     return int(value)
 
 
-# %% ../nbs/29_checkpoint.ipynb #cbd8baf5
+# %% ../nbs/29_checkpoint.ipynb #b6140f44
 def load_strict(
     players: dict,  # name -> module
-    tensors: dict,  # "name.parameter" -> tensor; names of other players are ignored
+    # "name.parameter" -> tensor, or several such parts; names of other players are ignored
+    tensors: dict,
     source: str,  # how a message calls it
 ) -> None:
     "Load tensors that fit exactly and are finite; anything else is `CorruptData`."
-    for player, module in players.items():
-        given = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{player}.")}
-        want = module.state_dict()
-        for key in sorted(want.keys() ^ given.keys()):
-            what = "lacks" if key in want else "has an unknown tensor"
-            raise CorruptData(f"{source} {what} {player}.{key}")
-        for key, tensor in given.items():
+    want = {f"{p}.{key}": v for p, m in players.items() for key, v in m.state_dict().items()}
+    seen = set()
+    for part in [tensors] if isinstance(tensors, dict) else tensors:
+        part = {key: v for key, v in part.items() if key.partition(".")[0] in players}
+        if unknown := sorted(part.keys() - want.keys()):
+            raise CorruptData(f"{source} has an unknown tensor {unknown[0]}")
+        for key, tensor in part.items():
             mine, right = (f"{tuple(v.shape)}, {v.dtype}" for v in (tensor, want[key]))
             if mine != right:
-                raise CorruptData(f"{source} has {player}.{key} as {mine}; {right} is needed")
+                raise CorruptData(f"{source} has {key} as {mine}; {right} is needed")
             if not torch.isfinite(tensor).all():
-                raise CorruptData(f"{source} has numbers in {player}.{key} that are not finite")
-        module.load_state_dict(given)
+                raise CorruptData(f"{source} has numbers in {key} that are not finite")
+            want[key].copy_(tensor)
+        seen |= part.keys()
+    if missing := sorted(want.keys() - seen):
+        raise CorruptData(f"{source} lacks {missing[0]}")
 
 
 # %% ../nbs/29_checkpoint.ipynb #766346bc
@@ -338,17 +347,23 @@ def check_finite_weights(
                 raise Diverged(f"numbers in {player}.{key} are not finite; they are not saved")
 
 
+# %% ../nbs/29_checkpoint.ipynb #a9d6bc3d
+def pack_tensors(
+    tensors: dict,  # name -> tensor
+) -> bytes:
+    "A safetensors file."
+    return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+
+
 # %% ../nbs/29_checkpoint.ipynb #4b0637c9
 def pack_modules(
     modules: dict,  # name -> module
 ) -> bytes:
     "The state of modules as a safetensors file; `Diverged` if it is not finite."
     check_finite_weights(modules)
-    tensors = {}
-    for player, module in modules.items():
-        for key, value in module.state_dict().items():
-            tensors[f"{player}.{key}"] = value.detach().cpu().contiguous()
-    return safetensors.torch.save(tensors)
+    return pack_tensors(
+        {f"{p}.{key}": v for p, module in modules.items() for key, v in module.state_dict().items()}
+    )
 
 
 # %% ../nbs/29_checkpoint.ipynb #c8b5a75f

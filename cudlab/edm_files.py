@@ -6,14 +6,14 @@
 __all__ = ['PRECONDS', 'find_side', 'infer_edm', 'vp_ratio', 'read_precond',
            'open_edm', 'find_edm']  # fmt: skip
 
-# %% ../nbs/61_edm_files.ipynb #d5fb1762
+# %% ../nbs/61_edm_files.ipynb #87cf43e2
 import re
 from pathlib import Path
 
 import torch
 
 from .borrowed import KINDS
-from .disk import hash_bytes
+from .disk import hash_file
 from .foreign import VP_BETAS, Reading
 from .found import BorrowOptions, Found
 from .imports import open_weights, unwrap_names
@@ -147,7 +147,16 @@ def find_edm(file: Path, options: BorrowOptions) -> Found:
     side = network["img_resolution"]
     own = dict(solver="edm-heun", steps=18, grid="edm")
     shape = (network["in_channels"], side, side)
-    files = {file.name: hash_bytes(file.read_bytes())}
-    found = Found("EDM", network, reading, shape, inner.eval(), classes, table, own, files)
-    found.license, found.source = options.license, file.name
-    return found
+    return Found(
+        kind="EDM",
+        network=network,
+        reading=reading,
+        shape=shape,
+        inner=inner.eval(),
+        classes=classes,
+        table=table,
+        sampling=own,
+        files={file.name: hash_file(file)},
+        license=options.license,
+        source=file.name,
+    )

@@ -271,6 +271,11 @@ class ForeignNetwork(ForeignVelocity):
 
     def encode(self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None) -> tuple:
         "None, and every feature map on the way down, each (B, C', H', W')."
+        if not self.kind.maps:
+            raise ValueError(
+                f"{type(self.inner).__name__} has no way down through smaller and smaller maps, "
+                "which a discriminator could look through; use another space of features"
+            )
         modules, following = self.kind.maps(self.inner)
         found = []
 

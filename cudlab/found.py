@@ -6,21 +6,34 @@
 __all__ = ['ODD_FOLDERS', 'DISTILLED', 'BorrowOptions', 'Found', 'read_config',
            'find_part', 'check_network', 'find_weights', 'range_of',
            'read_scheduler', 'read_table', 'find_license', 'sample_shape',
-           'own_sampling', 'find_diffusers']  # fmt: skip
+           'own_sampling', 'LabelSource', 'read_classes', 'read_texts', 'load_part',
+           'find_decoder', 'find_diffusers']  # fmt: skip
 
-# %% ../nbs/60_found.ipynb #78f6d95a
+# %% ../nbs/60_found.ipynb #6e6a42e0
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from .borrowed import KINDS
+from .borrowed import KINDS, PromptTable
 from .config import Options, lookup, option
-from .disk import hash_bytes
+from .disk import hash_file
 from .features import import_optional
 from .foreign import OUTPUTS, Reading
+from .latents import LatentDecoder
+from .prompts import (
+    PipelineKind,
+    encode_prompts,
+    find_pipeline,
+    frame_numbers,
+    make_table,
+    open_encoders,
+    quiet_loading,
+    read_prompts,
+)
 from .schedule import NoiseTable, kept_variance
 
 
@@ -46,6 +59,10 @@ class BorrowOptions(Options):
     )
     null: int = option(-1, "the label that means none, where the network has one", low=-1)
     variant: str = option("", "which weights of a folder, for example fp16")
+    prompts: str = option(
+        "", "for text-to-image networks: a text file, one prompt a line; each becomes a class"
+    )
+    negative: str = option("", "the prompt that guidance leads away from")
     license: str = option("", "licence of the weights, where the folder does not say it")
 
 
@@ -60,7 +77,10 @@ class Found:
     shape: tuple  # of one sample
     inner: nn.Module  # with its weights
     classes: int = 0
+    names: list = None  # of the classes, where the folder says them
     table: dict = None  # what the scheduler says of its table
+    given: PromptTable = None  # what goes with a label
+    decoder: LatentDecoder = None  # from its latents to pictures
     sampling: dict = field(default_factory=dict)  # solver, steps, grid
     files: dict = field(default_factory=dict)  # name -> SHA-256
     license: str = ""
@@ -129,7 +149,7 @@ def find_weights(part: Path, variant: str) -> list:
     if found:
         return found
     others = sorted(p.name for p in part.glob("diffusion_pytorch_model*") if p.suffix != ".json")
-    if any(name.endswith((".bin", ".pt", ".ckpt")) for name in others):
+    if not variant and any(name.endswith((".bin", ".pt", ".ckpt")) for name in others):
         raise ValueError(
             f"folder {part.name!r} has only pickled weights ({others[0]}); convert them where they "
             "come from: save_pretrained(..., safe_serialization=True)"
@@ -227,6 +247,105 @@ def own_sampling(reading: Reading, scheduler: dict) -> dict:
     return {"solver": "edm-heun", "grid": "edm"} if reading.ask == "edm" else {}
 
 
+# %% ../nbs/60_found.ipynb #4a4579cb
+@dataclass(frozen=True)
+class LabelSource:
+    "What a network knows of labels."
+
+    count: int = 0
+    names: list = None  # where the folder says them
+    null: int = -1  # the label that means none
+    given: PromptTable = None  # what goes with a label
+    guidance: float = 1.0  # what its pipeline is used with
+
+
+# %% ../nbs/60_found.ipynb #c36fd821
+def read_classes(config: dict, index: dict, options: BorrowOptions, kind: PipelineKind):
+    "The labels of a network that knows numbers."
+    if options.prompts or options.negative:
+        raise ValueError(
+            f"prompts = {(options.prompts or options.negative)[:60]!r} mean nothing to a "
+            f"{config['_class_name']}, which reads no text"
+        )
+    if kind is None:
+        count = config.get("num_class_embeds") or 0
+        return LabelSource(count - (0 <= options.null == count - 1), null=options.null)
+    count = config["num_embeds_ada_norm"]
+    names = index.get("id2label") or {}
+    listed = [str(names.get(str(k), k)).split(",")[0] for k in range(count)]
+    return LabelSource(count, listed if names else None, count, None, kind.guidance)
+
+
+# %% ../nbs/60_found.ipynb #0150bb86
+def read_texts(
+    folder: Path,
+    index: dict,  # its model_index.json
+    kind: PipelineKind,
+    inner: nn.Module,  # its network
+    size: tuple,  # of a picture, (H, W)
+    options: BorrowOptions,
+) -> LabelSource:
+    "The labels of a network of texts: its prompts."
+    if not options.prompts:
+        raise ValueError(
+            f"folder {folder.name!r} holds a text-to-image network: name prompts=FILE, a text "
+            "file with one prompt a line"
+        )
+    prompts = read_prompts(options.prompts)
+    pipe = open_encoders(folder, index, inner)
+    told = encode_prompts(pipe, kind, prompts, options.negative)
+    if "text_embeds" in told:
+        told["time_ids"] = frame_numbers(size).expand(len(prompts) + 1, -1).contiguous()
+    return LabelSource(len(prompts), prompts, len(prompts), make_table(told), kind.guidance)
+
+
+# %% ../nbs/60_found.ipynb #989cbc91
+def load_part(
+    part: Path,
+    name: str,  # class of diffusers
+    variant: str,  # which weights
+) -> nn.Module:
+    "A part of a folder with its weights, as float32."
+    diffusers = import_optional("diffusers", f"network = {name!r}", "pip install diffusers")
+    with quiet_loading():
+        return getattr(diffusers, name).from_pretrained(
+            part,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            torch_dtype=torch.float32,
+            variant=variant or None,
+        )
+
+
+# %% ../nbs/60_found.ipynb #567ecb58
+def find_decoder(
+    folder: Path,
+    channels: int,  # of a latent
+    variant: str,
+) -> LatentDecoder:
+    "The autoencoder of a pipeline."
+    part = folder / "vae"
+    if not (part / "config.json").is_file():
+        raise ValueError(
+            f"folder {folder.name!r} has no vae/, without which latents are no pictures"
+        )
+    config = read_config(part / "config.json")
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ValueError(
+            f"folder {folder.name!r} has an autoencoder of class "
+            f"{str(config.get('_class_name'))[:60]!r}; AutoencoderKL is known"
+        )
+    if config.get("latent_channels") != channels:
+        raise ValueError(
+            f"folder {folder.name!r}: its autoencoder has {config.get('latent_channels')} "
+            f"channels, its network {channels}"
+        )
+    plain = variant if [*part.glob(f"*.{variant}.safetensors")] else ""
+    find_weights(part, plain)
+    return LatentDecoder(load_part(part, config["_class_name"], plain))
+
+
 # %% ../nbs/60_found.ipynb #c6d3bdd4
 def find_diffusers(folder: Path, options: BorrowOptions) -> Found:
     "The network of a folder of diffusers."
@@ -243,22 +362,34 @@ def find_diffusers(folder: Path, options: BorrowOptions) -> Found:
         )
     scheduler = read_config(file)
     reading, table = read_scheduler(scheduler, options)
+    shape = sample_shape(config, part)
+    told = folder / "model_index.json"
+    index = read_config(told) if told.is_file() else {}
+    kind = None if name == "UNet2DModel" else find_pipeline(index, name, folder.name)
+    decoder = find_decoder(folder, shape[0], options.variant) if kind else None
     weights = find_weights(part, options.variant)
-    diffusers = import_optional("diffusers", f"network = {name!r}", "pip install diffusers")
-    inner = getattr(diffusers, name).from_pretrained(
-        part, use_safetensors=True, local_files_only=True, variant=options.variant or None
-    )
-    count = config.get("num_class_embeds") or 0
+    inner = load_part(part, name, options.variant)
+    if kind and kind.told:
+        size = decoder.picture_shape(shape)[1:]
+        labels = read_texts(folder, index, kind, inner, size, options)
+    else:
+        labels = read_classes(config, index, options, kind)
+    reading = replace(reading, null=labels.null)
+    if decoder:  # clipping is for pictures
+        reading = replace(reading, clip=max(options.clip_sample, 0.0))
     return Found(
         kind=name,
         network={key: value for key, value in config.items() if key != "_name_or_path"},
         reading=reading,
-        shape=sample_shape(config, part),
+        shape=shape,
         inner=inner.eval(),
-        classes=count - (0 <= options.null == count - 1),
+        classes=labels.count,
+        names=labels.names,
         table=table,
-        sampling=own_sampling(reading, scheduler),
-        files={str(f.relative_to(folder)): hash_bytes(f.read_bytes()) for f in weights},
+        given=labels.given,
+        decoder=decoder,
+        sampling=own_sampling(reading, scheduler) | {"guidance": labels.guidance},
+        files={str(f.relative_to(folder)): hash_file(f) for f in weights},
         license=options.license or find_license(folder),
         source=folder.name,
     )
