@@ -78,7 +78,7 @@ def find_fd(run: Run, how: Sampling) -> dict | None:
     made_for = find_solver(how.solver).made_for or {}
     wanted = {
         "step": run.step,
-        "extractor": default_features(run.config.data, run.shape[0]),
+        "extractor": default_features(run.config.data, run.picture_shape[0]),
         "numbers": made_for.get("numbers"),
     }
     found = [
@@ -111,7 +111,7 @@ def score_curve(
     **sampling,  # further fields of `Sampling`
 ) -> Iterator[dict]:
     "A score for each point that the run does not have yet."
-    space = get_features(extractor or default_features(run.config.data, run.shape[0]))
+    space = get_features(extractor or default_features(run.config.data, run.picture_shape[0]))
     data = load_data(run.config.data)
     for solver, steps in plan_points(solvers, nfes, sampling.get("denoise", True)):
         point = sampling | {"solver": solver, "steps": steps}
@@ -174,7 +174,9 @@ class Evaluation(EvaluationOptions):
 
     def space(self, run: Run) -> Extractor:
         "The feature space its scores are taken in."
-        return get_features(self.extractor or default_features(run.config.data, run.shape[0]))
+        return get_features(
+            self.extractor or default_features(run.config.data, run.picture_shape[0])
+        )
 
     def points(self, run: Run = None) -> list:
         "What is to be measured (on a run), one `Sampling` a point."

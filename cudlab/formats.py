@@ -377,7 +377,7 @@ def hub_header(export: Export) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     run, task, results = export.run, "unconditional-image-generation", None
-    features = default_features(run.config.data, run.shape[0])
+    features = default_features(run.config.data, run.picture_shape[0])
     if best := best_score(run.scores, run.step, features):
         name = f"fd@{best['extractor']}, {best['solver']}, NFE {best['nfe']:g}"
         data = run.config.data

@@ -95,7 +95,7 @@ def matching_scores(
     n: int,  # samples per score
 ) -> list:
     "The run's scores under these solvers, at its newest step, in the features made for its data."
-    extractor = default_features(run.config.data, run.shape[0])
+    extractor = default_features(run.config.data, run.picture_shape[0])
     wanted = dict(n=n, step=run.step, extractor=extractor)
     return [
         entry
@@ -345,9 +345,11 @@ class ComparePanel(ipywidgets.VBox):
             return
         share = self.at.value / 100
         states = torch.stack([tau.xs[round(share * len(tau.vs))] for tau in self.walks])
-        scale = None
-        if self.choose.value != "state":
-            states = states - states[0]
+        scale, run = None, self.columns[0][0]
+        if self.choose.value == "state":
+            states = run.preview(states)
+        else:
+            states = run.preview(states - states[0], signed=True)
             scale = full_scale(states)
         for image, x in zip(self.images, states):
             image.value = encode_batch(x, scale)

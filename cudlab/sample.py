@@ -111,7 +111,7 @@ def describe_samples(run: Run, how: Sampling) -> dict:
         "run": run.name,
         "step": run.step,
         "network": run.network_run.network_hash(how.weights),
-        "shape": list(run.shape),
+        "shape": list(run.picture_shape),
         "classes": list(run.classes) if run.config.classes else [],
         "stored": "float32" if len(run.shape) == 1 else "uint8, 0 to 255 for -1 to 1",
         **asdict(how),
@@ -147,7 +147,7 @@ def draw_part(run: Run, how: Sampling, index: Tensor) -> dict:
     "These samples (B,) as they are kept, with their classes where the run knows any."
     kwargs = how.to_kwargs(run, index)
     x = run.sample(**kwargs).x
-    tensors = {"samples": encode_samples(x).cpu().contiguous()}
+    tensors = {"samples": encode_samples(run.pictures(x)).cpu().contiguous()}
     if kwargs["y"] is not None:
         tensors["labels"] = kwargs["y"]
     return tensors

@@ -82,7 +82,8 @@ def score_part(
         flow = CachedVelocity(run.velocity(same.weights, same.head, y, same.guidance))
         for how, pieces in zip(hows, found):
             last = run.sample(**how.to_kwargs(run, index), flow=flow)
-            pieces.append((extract(last.x.float()).cpu(), last.x[index < ends].cpu(), last.nfe))
+            f = extract(run.pictures(last.x).float()).cpu()
+            pieces.append((f, last.x[index < ends].cpu(), last.nfe))
     return [merge_pieces(pieces) for pieces in found]
 
 
@@ -108,7 +109,7 @@ def score_many(
     batch: int = 125,  # samples at a time
 ) -> list:
     "fd with its interval, endpoint error and NFE of many points at once, one dict a point."
-    name = extractor or default_features(run.config.data, run.shape[0])
+    name = extractor or default_features(run.config.data, run.picture_shape[0])
     hows = [from_dict(Sampling, point) for point in points]
     n = hows[0].n
     ends = 0 if goal is None else len(goal)

@@ -246,7 +246,7 @@ def draw_batch(run: Run, how: Sampling, extractor: Extractor, index: Tensor) -> 
     begin = time.perf_counter()
     last = run.sample(**how.to_kwargs(run, index))  # which waits for the device
     solved = time.perf_counter() - begin
-    features = extractor(last.x.float()).cpu()
+    features = extractor(run.pictures(last.x).float()).cpu()
     ends = last.x[index < FLOW_SAMPLES].cpu()
     times = 1000 * solved / len(index), time.perf_counter() - begin, last.nfe * len(index)
     return features, ends, times, last.x
@@ -411,7 +411,7 @@ def score(
     """
     how = from_dict(Sampling, sampling, "argument of score")
     data = data or load_data(run.config.data, "train")
-    extractor = get_features(extractor or default_features(data.name, run.shape[0]))
+    extractor = get_features(extractor or default_features(data.name, run.picture_shape[0]))
     return measure_score(run, how, extractor, data, progress)
 
 

@@ -137,8 +137,10 @@ class ScrubPanel(ipywidgets.VBox):
         tau: Trajectory,  # a finished walk
         path: Path = None,  # the path of its estimates; None = the trajectory's own
         f: Callable = None,  # the velocity whose flow it is held against, f(x, t)
+        look: Callable = None,  # (states or signed values, whether signed) -> what is shown
     ):
         self.tau = tau
+        self.look = look or (lambda x, signed: x)
         self.make_view = functools.partial(make_view, tau, f=f, path=path)
         self.views = {}  # name -> StateView
         self.now = None  # the one that is shown
@@ -174,10 +176,11 @@ class ScrubPanel(ipywidgets.VBox):
         "Go to another state."
         i = self.slider.value
         view = self.now
-        self.state.value = encode_batch(self.tau.xs[i])
+        self.state.value = encode_batch(self.look(self.tau.xs[i], False))
         self.line.value = describe_state(self.tau, i, view)
         if view.chart is None:
-            self.beside.value = encode_batch(view.values[i], view.scale)
+            shown = self.look(view.values[i], bool(view.scale))
+            self.beside.value = encode_batch(shown, view.scale)
         elif isinstance(view.chart, go.FigureWidget):
             at = view.values[i].cpu().numpy()
             view.chart.update_traces(dict(x=at[:, 0], y=at[:, 1]), selector=dict(name="now"))
@@ -277,7 +280,7 @@ class ExplorePanel(SolverPanel):
 
     def show(self, tau: Trajectory) -> ScrubPanel:
         "The walk in a scrubber, in the view that was chosen last."
-        panel = ScrubPanel(tau, f=lambda x, t: self.flow(x, t))
+        panel = ScrubPanel(tau, f=lambda x, t: self.flow(x, t), look=self.run.preview)
         if self.shown is not None:
             panel.choose.value = self.shown.choose.value
         return panel

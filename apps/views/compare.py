@@ -76,7 +76,10 @@ class Column:
     def picture(self) -> str:
         "A line of the arena's text: the samples as a picture."
         words = f"{self.trajectory.nfe:g} NFE, {1000 * self.seconds:.0f} ms"
-        source = data_url(plot.encode_image(make_mosaic(self.trajectory.x)), "image/png")
+        source = data_url(
+            plot.encode_image(make_mosaic(self.request.run.pictures(self.trajectory.x))),
+            "image/png",
+        )
         return json.dumps(dict(letter=self.letter, name=self.name, words=words, src=source)) + "\n"
 
 
@@ -198,7 +201,7 @@ def stream_columns(seed, count, *row):
                 yield text, gr.skip(), figures_html([("column", at)]), ""
             if not is_planar(column.request.run):
                 if not text:
-                    sheet = make_mosaic(column.trajectory.x)
+                    sheet = make_mosaic(column.request.run.pictures(column.trajectory.x))
                     text = json.dumps(dict(w=sheet.width, h=sheet.height)) + "\n"
                 text += column.picture()
                 yield text, gr.skip(), gr.skip(), gr.skip()

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from request import LIMITS, SampleRequest, as_one_line, parse_form
 
 from cudlab import plot
+from cudlab.run import Run
 from cudlab.runfiles import run_stamp
 from cudlab.solver import SolverState, Trajectory
 from views.velocity import list_moves, measure_moves
@@ -44,7 +45,8 @@ class Film:
     text: str = ""
 
     def __post_init__(self):
-        channels, height, width = self.request.run.shape
+        run = self.request.run
+        channels, height, width = run.preview(torch.zeros(run.shape)).shape
         form = self.request.form
         steps = self.request.steps
         every = max(1, -(-(steps + 1) // LIMITS["columns"]))
@@ -65,10 +67,14 @@ class Film:
     def write(self, **line) -> None:
         self.text += json.dumps(line) + "\n"
 
-    def add(self, layer: str, i: int, t: float, x: torch.Tensor) -> None:
-        "One layer of step i: x, hat (the estimate), v, gap (to the reference) or (local) error."
+    def add(self, layer: str, i: int, t: float, x: torch.Tensor, done: bool = False) -> None:
+        """One layer of step i: x, hat (the estimate), v, gap (to the reference) or (local) error.
+        Latents are shown by their preview, and decoded where the walk is done.
+        """
         if i in self.shown:
-            source = encode_stack(x.cpu(), self.reach.get(layer), self.quality)
+            reach, run = self.reach.get(layer), self.request.run
+            x = run.pictures(x) if done else run.preview(x, signed=bool(reach))
+            source = encode_stack(x.cpu(), reach, self.quality)
             self.write(k=layer, i=i, t=round(float(t), 6), src=source)
 
     def follow(self, states: list) -> None:
@@ -79,9 +85,10 @@ class Film:
             t = torch.full((len(left.x),), float(left.t), device=left.x.device)
             self.add("hat", left.i, left.t, self.request.run.path.x0(left.x, state.v, t))
             self.add("v", left.i, left.t, state.v)
-        self.add("x", state.i, state.t, state.x)
-        if state.i == self.request.steps and not state.t:
-            self.add("hat", state.i, state.t, state.x)
+        done = state.i == self.request.steps and not state.t
+        self.add("x", state.i, state.t, state.x, done)
+        if done:
+            self.add("hat", state.i, state.t, state.x, done)
 
     def replay(self, trajectory: Trajectory) -> "Film":
         "All of a finished walk, in the order in which it was sent the first time."
@@ -153,10 +160,11 @@ def spread_indices(count: int) -> list:
     return sorted({round(k) for k in np.linspace(0, count - 1, most)})
 
 
-def encode_gif(trajectory: Trajectory) -> bytes:
+def encode_gif(trajectory: Trajectory, run: Run) -> bytes:
     "The samples on their way, as a GIF that rests at the end."
-    frames = [draw_samples(trajectory.xs[i]) for i in spread_indices(len(trajectory.xs))]
-    frames = [frame.convert("RGB") for frame in frames]
+    states = [run.preview(trajectory.xs[i]) for i in spread_indices(len(trajectory.xs))]
+    frames = [draw_samples(x) for x in [*states[:-1], run.pictures(trajectory.x)]]
+    frames = [frame.convert("RGB").resize(frames[0].size) for frame in frames]
     pause = max(80, 2400 // len(frames))
     durations = [pause] * (len(frames) - 1) + [1500]
     out = io.BytesIO()
@@ -165,12 +173,12 @@ def encode_gif(trajectory: Trajectory) -> bytes:
     return out.getvalue()
 
 
-def encode_png(trajectory: Trajectory) -> bytes:
+def encode_png(trajectory: Trajectory, run: Run) -> bytes:
     "The points where they end, or the whole film."
     if trajectory.x.dim() == 2:
         return plot.encode_image(draw_points(trajectory.x))
     scale = max(1, 48 // trajectory.x.shape[-1])
-    return plot.encode_image(plot.film_strip(trajectory.xs, scale))
+    return plot.encode_image(plot.film_strip(run.preview(trajectory.xs), scale))
 
 
 def export_file(kind, *values) -> tuple:
@@ -187,4 +195,4 @@ def export_file(kind, *values) -> tuple:
         if kind == "csv":
             return csv_url(list_moves(trajectory, measure_moves(request, trajectory))), name
         encode = encode_png if kind == "png" else encode_gif
-        return data_url(encode(trajectory), f"image/{kind}"), name
+        return data_url(encode(trajectory, request.run), f"image/{kind}"), name

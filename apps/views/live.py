@@ -89,7 +89,7 @@ def draw_samples_of(folder: str, step: int, stamp: tuple) -> str:
     own = run.sampling_defaults
     how = f"{count_noun(own['steps'], 'step')} of {own['solver']}"
     draw, count = (points_svg, 400) if is_planar(run) else (pictures_html, 16)
-    shown = draw(run.solve(seed=0, index=count).x.cpu())
+    shown = draw(run.pictures(run.solve(seed=0, index=count).x).cpu())
     return shown + caption_html(f"The average of step {step:,}, seed 0, {how}.")
 
 
