@@ -8,9 +8,8 @@ __all__ = ['RATIOS', 'PICTURES', 'PART', 'as_velocity', 'ask_pictures',
            'describe_latents', 'keep_network', 'SourceOptions', 'is_diffusers',
            'import_source']  # fmt: skip
 
-# %% ../nbs/62_borrow.ipynb #6f24a773
+# %% ../nbs/62_borrow.ipynb #271a37b0
 import datetime
-import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from .data import load_data
 from .disk import hash_bytes
 from .edm_files import find_edm
 from .foreign import OUTPUTS, ForeignNetwork
-from .found import BorrowOptions, Found, find_diffusers
+from .found import BorrowOptions, Found, find_diffusers, find_part, read_config
 from .imports import ImportOptions, check_free, import_path, make_room
 from .latents import LatentDecoder, fit_preview
 from .methods import sampling_layout
@@ -231,10 +230,9 @@ class SourceOptions(BorrowOptions, ImportOptions):
 def is_diffusers(path: Path) -> bool:
     "Whether a folder holds a network of diffusers."
     try:
-        content = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        content = {}
-    named = isinstance(content, dict) and "_class_name" in content
+        named = "_class_name" in read_config(find_part(path) / "config.json")
+    except ValueError:
+        named = False
     return named or (path / "model_index.json").is_file() and not (path / "card.json").is_file()
 
 
