@@ -43,7 +43,7 @@ def unet_maps(net: nn.Module) -> tuple:
     return layers, net.mid_block
 
 
-# %% ../nbs/24_borrowed.ipynb #0d191d04
+# %% ../nbs/24_borrowed.ipynb #27115052
 UNET_ROLES = (
     (".conv1", "conv0"),
     (".conv2", "conv1"),
@@ -55,7 +55,11 @@ UNET_ROLES = (
 )
 KINDS = {
     "UNet2DModel": Kind(
-        partial(build_diffusers, "UNet2DModel"), call_unet2d, unet_maps, UNET_ROLES
+        partial(build_diffusers, "UNet2DModel"),
+        call_unet2d,
+        unet_maps,
+        UNET_ROLES,
+        traced=63,  # its upsampling copies batches of 64 and more
     ),
     "EDM": EDM,
 }
