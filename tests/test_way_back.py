@@ -4,6 +4,7 @@ times, and programs of somebody's network. Random weights; loops written out her
 
 import importlib.util
 import json
+import math
 import runpy
 import shutil
 
@@ -292,7 +293,9 @@ def test_the_times_of_a_solver_make_a_stock_scheduler_draw_its_samples(
         scheduler.init_noise_sigma, scheduler.scale_model_input = 1.0, lambda x, t: x
     drawn = draw(net.inner, scheduler, noise * told["start"])
     walk = run.solve(index=8, device="cpu", **choices)
-    size = walk.x.abs().max().item()
+    size, first = walk.x.abs().max().item(), walk.ts[0].item()
+    noise_share = first / math.hypot(first, 1 - first)  # the others multiply the noise themselves
+    assert told["start"] == pytest.approx(noise_share if name.startswith("DPM") else 1, rel=1e-6)
     gap = (drawn - walk.x).abs().max().item()
     assert gap == pytest.approx(told["largest_difference"], abs=1e-5 * size)
     if key == "sigmas":
