@@ -82,7 +82,7 @@ def unet_maps(net: nn.Module) -> tuple:
     return layers, net.mid_block
 
 
-# %% ../nbs/24_borrowed.ipynb #12af8096
+# %% ../nbs/24_borrowed.ipynb #66e68b2f
 UNET_ROLES = (
     (".conv1", "conv0"),
     (".conv2", "conv1"),
@@ -92,7 +92,7 @@ UNET_ROLES = (
     (".to_v", "qkv"),
     (".conv_shortcut", "skip"),
 )
-UNET = unet_maps, UNET_ROLES
+UNET = unet_maps, UNET_ROLES, 63  # upsampling copies batches of 64 and more
 CALLS = {
     "UNet2DModel": (call_unet2d, *UNET),
     "UNet2DConditionModel": (call_prompted, *UNET),

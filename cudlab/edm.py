@@ -140,7 +140,7 @@ class EDMBlock(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         "Self-attention over places, (B, C, H, W)."
-        parts = self.qkv(self.norm2(x)).reshape(len(x), self.num_heads, -1, 3, x[0, 0].numel())
+        parts = self.qkv(self.norm2(x)).reshape(x.shape[0], self.num_heads, -1, 3, x[0, 0].numel())
         q, k, v = parts.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(2, 3).reshape(x.shape))

@@ -146,6 +146,7 @@ class Kind:
     call: Callable  # (module, x, asked, y, given) -> its answer, (B, *S)
     maps: Callable = None  # (module) -> modules whose outputs are feature maps, and the next one
     roles: tuple = ()  # (end of a module's name, a role in gdd's FREEZE)
+    traced: int = None  # the largest batch that its code treats as it does small ones
 
 
 # %% ../nbs/21_foreign.ipynb #a4394ad8
@@ -227,7 +228,7 @@ class ForeignVelocity(ForeignInner):
         "What the network answers, in its own dtype; a time keeps at least single precision."
         weight = next(self.inner.parameters(), fed)
         asked = asked.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        y = self.label(y, len(fed), fed.device)
+        y = self.label(y, fed.shape[0], fed.device)
         return self.kind.call(self.inner, fed.to(weight.dtype), asked, y, self.given)
 
     def velocity(self, x: Tensor, t: Tensor, y: Tensor = None) -> Tensor:

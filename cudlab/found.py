@@ -182,6 +182,11 @@ def read_scheduler(
             f"scheduler = {name!r} belongs to a distilled network, which is not the velocity of a "
             "flow; borrow the network it was distilled from"
         )
+    if name == "CudlabScheduler":
+        raise ValueError(
+            f"scheduler = {name!r} is one sampler as a table, which does not say what the "
+            "network's answer means; import the network with the scheduler it was trained with"
+        )
     output = options.prediction or scheduler.get("prediction_type", "epsilon")
     if "FlowMatch" in name or output in ("flow", "flow_prediction"):
         count = float(scheduler.get("num_train_timesteps", 1000))

@@ -147,6 +147,7 @@ class ExportModule(nn.Module):
             "r": what == "net" and net.times == 2,
         }
         self.inputs = [name for name in wanted if wanted[name]]
+        self.traced = getattr(getattr(net, "kind", None), "traced", None)
 
     def velocity(self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None) -> Tensor:
         "What a solver calls; (B, *S)."
@@ -185,7 +186,7 @@ class ExportModule(nn.Module):
 def trace_module(
     graph: ExportModule,
 ) -> torch.export.ExportedProgram:
-    "The graph traced for any number of samples."
+    "The graph traced for any number of samples, or for as many as its network's code allows."
     examples = {
         "x": torch.zeros(2, *graph.net.shape),
         "t": torch.ones(2),
@@ -193,7 +194,7 @@ def trace_module(
         "r": torch.zeros(2),
     }
     given = tuple(examples[name] for name in graph.inputs)
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=graph.traced)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(graph, given, dynamic_shapes=(tuple({0: batch} for _ in given),))

@@ -593,11 +593,6 @@ def test_gdd_looks_through_its_encoder_and_freezes_its_layers(theirs):
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 
-def test_a_folder_of_the_labs_code_is_refused(theirs, tmp_path):
-    options = ExportOptions(to="diffusers-folder", out=str(tmp_path / "out"))
-    assert "use to=diffusers-scheduler" in error_of(export_run, theirs, options)
-
-
 def test_a_copy_of_a_lab_network_needs_no_preset(lab):
     args = {"teacher": "digits-rf"}
     short = dict(steps=2, batch=4, warmup=1, save_every=2)

@@ -232,10 +232,10 @@ def test_scores_are_those_of_the_pictures(pipes, runs, folder_of_pictures, monke
     assert "explains 48 pictures" in why or "explains nothing of 48 pictures" in why
     monkeypatch.setattr("cudlab.borrow.check_reading", lambda found, data: {})
     run = import_source(pipes["dit"][1], options).run
-    ways = ["--n", "16", "--solvers", "euler", "--nfes", "4", "--extractor", "spectrum"]
+    ways = ["--n", "16", "--solvers", "euler", "--nfes", "4", "--extractor", "pixels-8-rgb"]
     assert main(["evaluate", run.name, *ways]) == 0
     score = Run.open("asked").scores[-1]
-    assert score["n"] == 16 and score["extractor"] == "pixels-8" and np.isfinite(score["fd"])
+    assert score["n"] == 16 and score["extractor"] == "pixels-8-rgb" and np.isfinite(score["fd"])
 
 
 def test_widgets_show_latents_as_pictures(runs):

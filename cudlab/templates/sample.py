@@ -30,10 +30,14 @@ def open_torch():
 
     program = torch.export.load(FOLDER / "model.pt2").module()
 
+    most = CARD.get("largest_batch") or sys.maxsize
+
     def net(**given):
         arrays = [np.ascontiguousarray(given[name]) for name in CARD["inputs"]]
+        starts = range(0, len(arrays[0]), most)
+        parts = [[torch.from_numpy(array[k : k + most]) for array in arrays] for k in starts]
         with torch.no_grad():
-            return program(*map(torch.from_numpy, arrays)).numpy()
+            return np.concatenate([program(*part).numpy() for part in parts])
 
     return net
 
