@@ -7,7 +7,7 @@ __all__ = ['RunWeights', 'RunNetwork', 'find_solver', 'check_made_for',
            'check_made_on', 'check_guidance', 'check_finite', 'without_grad',
            'RunSampling', 'usual_sampling', 'RunWalk', 'Run']  # fmt: skip
 
-# %% ../nbs/32_run.ipynb #42cd9b67
+# %% ../nbs/32_run.ipynb #befd3eca
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,13 +31,13 @@ from .methods import sampling_layout
 from .net import make_network
 from .path import make_grid as time_grid
 from .rng import draw_noise
-from .runfiles import WEIGHTS, RunFolder, find_run
+from .runfiles import WEIGHTS, GuidedFolder, find_run
 from .solver import SOLVERS, Solver, SolverState, Trajectory
 from .solver import iterate as solver_walk
 
 
 # %% ../nbs/32_run.ipynb #826d8192
-class RunWeights(RunFolder):
+class RunWeights(GuidedFolder):
     "A run as tensors, which are read and checked when they are asked for."
 
     def tensors(self, name: str, most: int = 2**28) -> dict:
@@ -225,6 +225,7 @@ def check_guidance(
             f"guidance = {guidance:g} means nothing to run {run.name!r}, which was trained "
             "without labels; use guidance=1"
         )
+    run.check_guidance_range(guidance)
 
 
 # %% ../nbs/32_run.ipynb #4ce7d4d8
@@ -259,7 +260,7 @@ class RunSampling(RunNetwork):
     @property
     def sampling_defaults(self) -> dict:
         "How this run is sampled where nobody says otherwise: solver, steps, grid, head, guidance."
-        own = {"head": 1, "guidance": 1.0} | self.method.sampling()
+        own = {"head": 1, "guidance": self.usual_guidance} | self.method.sampling()
         return own | ({"solver": self.name} if self.method.trains == "solver" else {})
 
     @property
@@ -267,7 +268,7 @@ class RunSampling(RunNetwork):
         "What cannot be chosen: everything for a one-step student, nothing for others."
         if not self.method.one_step:
             return {}
-        return self.method.sampling() | {"denoise": True, "guidance": 1.0}
+        return self.method.sampling() | {"denoise": True} | self.fixed_guidance
 
     def check_sampling(self, **choices) -> None:
         "Raise a `ValueError` if the run cannot be sampled like this; None stands for its own way."
@@ -390,6 +391,9 @@ class Run(RunWalk):
     def __repr__(self) -> str:
         c, done = self.config, f"step {self.step} of {self.num_steps}"
         return f"<Run {self.name!r}: {c.method} on {c.data}, {done}>"
+
+    def new_network(self) -> nn.Module:
+        return self.add_input(super().new_network())
 
     built = None  # (objective, data) that made this run, for the training that follows
 
