@@ -291,15 +291,18 @@ def test_a_run_keeps_its_input(kind, tmp_path):
 
 def test_it_is_held_against_its_teacher_guided_as_it_was_asked():
     run = trained(steps=1)
-    for w in (1.0, 6.0):
-        how = Sampling(n=16, solver="euler", steps=1, guidance=w)
-        name, goal = reference_samples(run, how, 4)
-        flow = Run.open(TEACHER)
-        truth = flow.solve(index=4, y=torch.arange(4), guidance=w, steps=64, solver="heun").x
-        assert name == TEACHER
-        assert_close(goal, truth, rtol=0, atol=1e-4)
-    entry = score(run, n=80, steps=1, guidance=6.0)
-    assert entry["nfe"] == 1 and entry["guidance"] == 6.0
+    how = Sampling(n=16, solver="euler", steps=1, guidance=6.0)
+    name, goal = reference_samples(run, how, 4)
+    y = torch.arange(4)
+    truth = Run.open(TEACHER).solve(index=4, y=y, guidance=6.0, steps=64, solver="heun").x
+    assert name == TEACHER
+    assert_close(goal, truth, rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_score_says_one_call_and_the_strength():
+    entry = score(trained(steps=1), n=80, steps=1, guidance=6.0)
+    assert entry["nfe"] == 1 and entry["guidance"] == 6.0 and entry["endpoint"] > 0
 
 
 def test_the_command_line_trains_and_samples_one(tmp_path, capsys):
