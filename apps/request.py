@@ -120,10 +120,10 @@ class SampleForm(Options):
     )
     denoise: bool = option(True, "last move to t = 0")
 
-    @property
-    def is_guided(self) -> bool:
-        "Whether every step asks the network twice, with and without the class."
-        return self.label != ANY and self.guidance != 1
+    def is_guided(self, run: Run = None) -> bool:
+        "Whether every step asks the network of a run twice, with and without the class."
+        is_told = run is not None and run.method.guidance_range is not None
+        return self.label != ANY and self.guidance != 1 and not is_told
 
     def changed(self, names: tuple) -> dict:
         "Those of these fields that are not the default."
@@ -135,12 +135,12 @@ class SampleForm(Options):
 FORM_FIELDS = [field.name for field in fields(SampleForm)]
 
 
-def count_steps(form: SampleForm, solver: Solver) -> int:
+def count_steps(form: SampleForm, solver: Solver, run: Run = None) -> int:
     "The number of moves an amount of steps or NFE stands for."
     if solver.ts and not form.denoise:
         raise ValueError(f"{form.solver} was fitted with a last move to t = 0; switch that on")
     if form.by == "NFE":
-        return count_steps_for_nfe(form, solver)
+        return count_steps_for_nfe(form, solver, run)
     only = len(solver.ts) - 1
     if solver.ts and form.amount != only:
         raise ValueError(f"{form.solver} was fitted for {only} steps, not for {form.amount}")
@@ -149,12 +149,12 @@ def count_steps(form: SampleForm, solver: Solver) -> int:
     return form.amount
 
 
-def count_steps_for_nfe(form: SampleForm, solver: Solver) -> int:
+def count_steps_for_nfe(form: SampleForm, solver: Solver, run: Run = None) -> int:
     "The number of moves that spend exactly these calls; with guidance a call counts twice."
     nfe = form.amount
     if solver.nfe is None:
         raise ValueError(f"{form.solver} chooses its calls itself: ask for steps instead of NFE")
-    if form.is_guided:
+    if form.is_guided(run):
         if nfe % 2:
             raise ValueError(
                 f"NFE = {nfe} is not possible with guidance: each of its calls counts twice; "
@@ -265,7 +265,7 @@ def make_request(form: SampleForm) -> SampleRequest:
     "The form as a request that can be answered, or a `ValueError`."
     run = open_run(form.run)
     solver = pick_solver(form.solver, run)
-    steps = count_steps(form, solver)
+    steps = count_steps(form, solver, run)
     labels = [ANY, *class_choices(run)]
     if form.label not in labels:
         raise ValueError(f"class = {form.label[:40]!r} is not one of {', '.join(labels)}")

@@ -303,6 +303,11 @@ def load_data(
         raise ValueError(f"split = {split!r}{meant} is not one of train, test")
     if isinstance(name, str) and name.startswith("folder:"):
         return load_folder(name, split, device)
+    if name == "none":
+        raise ValueError(
+            "data = 'none' holds no pictures: the run was imported without a data set; import it "
+            f"again with --data NAME, one of {', '.join(DATA)}, or folder:PATH@SIZE"
+        )
     if not isinstance(name, str) or name not in DATA:
         known = f"{', '.join(DATA)}, or folder:PATH@SIZE"
         raise ValueError(f"unknown data set {name!r}{did_you_mean(name, DATA)}; one of {known}")

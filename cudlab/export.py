@@ -113,6 +113,11 @@ def check_options(run: Run, options: ExportOptions) -> Format:
             f"what = {options.what!r} is not possible with to = {options.to!r}; what=net, or "
             "what=sampler with to=onnx or to=torch-export"
         )
+    if run.method.guidance_range and options.to.startswith("diffusers"):
+        raise ValueError(
+            f"to = {options.to!r} has no place for guidance, which is an input of the network of "
+            f"{run.name!r}; use to=torch-export, onnx, hub-folder or run"
+        )
     if options.dtype and options.to != "run":
         raise ValueError(f"dtype = {options.dtype!r} goes with to=run, not with {options.to!r}")
     missing = [name for name in form.packages if importlib.util.find_spec(name) is None]

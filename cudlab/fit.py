@@ -34,6 +34,7 @@ class Objective(Options):
     start = "random"  # the network's first weights: "random", or those of the "teacher"
     supervision = "data"  # the training signal in words; without "data" in them there is none
     one_step = False  # whether the network maps noise to data in one call and knows nothing else
+    guidance_range = None  # (low, high) where the network has guidance as an input
     feature_spaces = ()  # extractors that the training looks through: scores in them are flattered
     has_ode = property(lambda self: not self.one_step)  # the network is the velocity of an ODE
 

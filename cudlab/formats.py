@@ -137,7 +137,7 @@ class Export:
 # %% ../nbs/59_formats.ipynb #8ba09407
 MEANING = (
     "x (B, *shape): state, float32; t (B,): time, 1 is noise and 0 data; y (B,): class, int64, the "
-    "number after the last one is no class; r (B,): where a jump from t ends; v = dx/dt"
+    "number after the last one is no class; r (B,): end of a jump; w (B,): guidance; v = dx/dt"
 )
 
 

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'RUN_METHODS', 'make_method', 'sampling_layout',
            'training_layout', 'NoiseData', 'training_data', 'copy_weights',
            'copy_network', 'training_network', 'teacher_flow', 'build_objective']  # fmt: skip
 
-# %% ../nbs/30_methods.ipynb #03519c02
+# %% ../nbs/30_methods.ipynb #463cde41
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -17,6 +17,7 @@ from torch import nn
 
 from .boot import BOOT
 from .borrowed import Borrowed, without_clip
+from .condition import add_guidance
 from .config import Config, find_device, from_dict, lookup
 from .consistency import Consistency
 from .cud import CUD
@@ -190,12 +191,14 @@ def teacher_flow(
     teacher,  # the run that supervises, or None
     device: str = "",
 ) -> Callable:
-    "The teacher as a method sees it: flow(y) -> its velocity f(x, t); None without a teacher."
+    """The teacher as a method sees it: flow(y) -> its velocity f(x, t), guided by the method's
+    number or by those of flow(y, w), w (B,); None without a teacher.
+    """
     if not teacher:
         return None
     head = getattr(method, "head", 1)
-    guidance = getattr(method, "guidance", 1.0)
-    return lambda y: teacher.velocity(head=head, y=y, guidance=guidance, device=device)
+    usual = getattr(method, "guidance", 1.0)
+    return lambda y, w=usual: teacher.velocity(head=head, y=y, guidance=w, device=device)
 
 
 # %% ../nbs/30_methods.ipynb #ecafc7c8
@@ -210,6 +213,8 @@ def build_objective(
     data = training_data(config, method, teacher, place)
     torch.manual_seed(config.seed)
     net = training_network(config, method, data, teacher, device)
+    if method.guidance_range:
+        add_guidance(net, method.guidance_range)
     flow = teacher_flow(method, teacher, device)
     objective = method.bind(net, PATHS[config.path], config.steps, flow)
     modules = [objective.players, objective.ema, objective.frozen]

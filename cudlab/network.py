@@ -6,7 +6,7 @@
 __all__ = ['DECODER', 'SHARED', 'as_single', 'RunWeights', 'RunNetwork',
            'RunPictures']  # fmt: skip
 
-# %% ../nbs/31_network.ipynb #37e9a433
+# %% ../nbs/31_network.ipynb #b285ee6b
 import os
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .disk import corrupt, hash_bytes
 from .latents import LatentDecoder, build_decoder, preview_latents
 from .methods import sampling_layout
 from .net import make_network
-from .runfiles import WEIGHTS, RunFolder
+from .runfiles import WEIGHTS, GuidedFolder
 
 
 # %% ../nbs/31_network.ipynb #3f569dde
@@ -36,7 +36,7 @@ def as_single(
 
 
 # %% ../nbs/31_network.ipynb #ddee13b3
-class RunWeights(RunFolder):
+class RunWeights(GuidedFolder):
     "A run as tensors, which are read and checked when they are asked for."
 
     def tensors(self, name: str, most: int = 2**28) -> dict:
@@ -80,9 +80,11 @@ class RunWeights(RunFolder):
         options = dict(dropout=c.dropout, phi0=c.phi0, **self.method.network_options())
         try:
             if "foreign" in self.info:
-                return rebuild_network(self.info["foreign"], self.shape, count)
-            net = self.info.get("net", c.net)
-            return make_network(net, self.shape, classes=count, **options)
+                net = rebuild_network(self.info["foreign"], self.shape, count)
+            else:
+                name = self.info.get("net", c.net)
+                net = make_network(name, self.shape, classes=count, **options)
+            return self.add_input(net)
         except (KeyError, TypeError, ValueError) as e:
             raise corrupt(self.dir / "config.json", f"makes no network ({e})") from None
 

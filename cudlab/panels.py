@@ -252,7 +252,7 @@ def column_title(
     return ", ".join([run.name, *plain])
 
 
-# %% ../nbs/57_panels.ipynb #e16d868c
+# %% ../nbs/57_panels.ipynb #220a199e
 def flow_endpoint(
     run: Run,  # an open run
     seed: int,  # of the noise
@@ -267,7 +267,7 @@ def flow_endpoint(
         wanted = run.sampling_defaults | choices
         chosen = {key: v for key, v in wanted.items() if key in ("weights", "head", "guidance")}
     else:
-        chosen = {key: getattr(run.method, key, 1) for key in ("head", "guidance")}
+        chosen = run.teacher_sampling(choices.get("guidance"))
     return root.solve(**FLOW_STEPS, **chosen, y=choices.get("y"), seed=seed, index=count).x
 
 

@@ -140,17 +140,22 @@ class ExportModule(nn.Module):
         super().__init__()
         self.net = copy.deepcopy(net).to(memory_format=torch.contiguous_format).eval()
         self.rows, self.what, self.head, self.guidance = rows, what, head, guidance
+        self.is_told = getattr(net, "guidance", None) is not None  # guidance is an input
         wanted = {
             "x": True,
             "t": what == "net",
             "y": bool(net.classes),
             "r": what == "net" and net.times == 2,
+            "w": what == "net" and self.is_told,
         }
         self.inputs = [name for name in wanted if wanted[name]]
         self.traced = getattr(getattr(net, "kind", None), "traced", None)
 
-    def velocity(self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None) -> Tensor:
+    def velocity(
+        self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None, w: Tensor = None
+    ) -> Tensor:
         "What a solver calls; (B, *S)."
+        r = w if self.is_told else r
         if self.head == 1:
             return self.net(x, t, y, r)
         return self.net.heads(x, t, y, r)[self.head - 1]
@@ -158,7 +163,7 @@ class ExportModule(nn.Module):
     def guide(self, call: Callable, y: Tensor = None) -> Tensor:
         "What call(label) gives under classifier-free guidance; (B, *S)."
         told = call(y)
-        if y is None or self.guidance == 1:
+        if y is None or self.guidance == 1 or self.is_told:
             return told
         free = call(torch.full_like(y, self.net.classes))
         return free + self.guidance * (told - free)
@@ -171,10 +176,11 @@ class ExportModule(nn.Module):
     def guided(self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None) -> Tensor:
         "The velocity under classifier-free guidance; (B, *S)."
         r = r if self.net.times == 2 else None
-        return self.guide(lambda label: self.velocity(x, t, label, r), y)
+        w = torch.full_like(t, self.guidance) if self.is_told else None
+        return self.guide(lambda label: self.velocity(x, t, label, r, w), y)
 
     def forward(self, *given: Tensor) -> Tensor:
-        "In the order of `inputs`: x (B, *S), t (B,), y (B,), r (B,)."
+        "In the order of `inputs`: x (B, *S), t (B,), y (B,), r (B,), w (B,)."
         given = dict(zip(self.inputs, given))
         if self.what == "net":
             return self.velocity(**given)
@@ -192,6 +198,7 @@ def trace_module(
         "t": torch.ones(2),
         "y": torch.zeros(2, dtype=torch.long),
         "r": torch.zeros(2),
+        "w": torch.ones(2),
     }
     given = tuple(examples[name] for name in graph.inputs)
     batch = torch.export.Dim("batch", max=graph.traced)

@@ -96,6 +96,7 @@ def check_guidance(
             f"guidance = {guidance:g} means nothing to run {run.name!r}, which was trained "
             "without labels; use guidance=1"
         )
+    run.check_guidance_range(guidance)
 
 
 # %% ../nbs/32_run.ipynb #4ce7d4d8
@@ -130,7 +131,7 @@ class RunSampling(RunPictures):
     @property
     def sampling_defaults(self) -> dict:
         "How this run is sampled where nobody says otherwise: solver, steps, grid, head, guidance."
-        own = {"head": 1, "guidance": 1.0} | self.method.sampling()
+        own = {"head": 1, "guidance": self.usual_guidance} | self.method.sampling()
         return own | ({"solver": self.name} if self.method.trains == "solver" else {})
 
     @property
@@ -138,7 +139,7 @@ class RunSampling(RunPictures):
         "What cannot be chosen: everything for a one-step student, nothing for others."
         if not self.method.one_step:
             return {}
-        return self.method.sampling() | {"denoise": True, "guidance": 1.0}
+        return self.method.sampling() | {"denoise": True} | self.fixed_guidance
 
     def check_sampling(self, **choices) -> None:
         "Raise a `ValueError` if the run cannot be sampled like this; None stands for its own way."

@@ -8,9 +8,9 @@ __all__ = ['MEASURED', 'COUNTS', 'NUMBERS', 'FLAGS', 'TEXTS', 'WEIGHTS', 'is_run
            'has_same_protocol', 'is_ordinary', 'is_score_value', 'check_score',
            'is_logged_number', 'check_log_row', 'read_rows', 'read_scores',
            'read_log', 'append_score', 'check_info', 'read_parts', 'take_config',
-           'verify_run', 'RunFolder']  # fmt: skip
+           'verify_run', 'RunFolder', 'GuidedFolder']  # fmt: skip
 
-# %% ../nbs/31_runfiles.ipynb #413ffeda
+# %% ../nbs/31_runfiles.ipynb #135b6f43
 import json
 import math
 import os
@@ -30,6 +30,7 @@ from .checkpoint import (
     step_of,
     verify_checkpoint,
 )
+from .condition import add_guidance, usual_guidance
 from .config import Config, CorruptData, did_you_mean, from_dict, get_settings
 from .disk import (
     acquire_lock,
@@ -361,3 +362,39 @@ class RunFolder:
         return append_score(self.dir, entry)
 
     verify = verify_run
+
+
+# %% ../nbs/31_runfiles.ipynb #09bb9c96
+class GuidedFolder(RunFolder):
+    "A run whose network may have guidance as an input."
+
+    def add_input(self, net):
+        "A new network of the run, and guidance as its input where it has that."
+        span = self.method.guidance_range
+        return add_guidance(net, span) if span else net
+
+    @property
+    def usual_guidance(self) -> float:
+        "The guidance where none is named."
+        return usual_guidance(self.method.guidance_range)
+
+    @property
+    def fixed_guidance(self) -> dict:
+        "What a one-step student leaves no choice about: nothing where guidance is an input."
+        return {} if self.method.guidance_range else {"guidance": 1.0}
+
+    def check_guidance_range(self, guidance: float) -> None:
+        "Raise a `ValueError` where guidance is an input and this was not trained."
+        low, high = self.method.guidance_range or (0, math.inf)
+        if not low <= guidance <= high:
+            raise ValueError(
+                f"guidance = {guidance:g} is out of range: run {self.name!r} was trained for "
+                f"{low:g} to {high:g}"
+            )
+
+    def teacher_sampling(self, guidance: float = None) -> dict:
+        "Head and guidance of the teacher that samples are held against; None = the usual one."
+        own = self.usual_guidance if guidance is None else guidance
+        if not self.method.guidance_range:
+            own = getattr(self.method, "guidance", 1.0)
+        return {"head": getattr(self.method, "head", 1), "guidance": own}

@@ -227,9 +227,10 @@ class SampleEvent:
 
 
 # %% ../nbs/44_sample.ipynb #a817f0b3
-def describe_way(how: Sampling) -> str:
+def describe_way(run: Run, how: Sampling) -> str:
     "How samples were drawn, in a few words."
-    rule, both = find_solver(how.solver).nfe, 1 + (how.guidance != 1)
+    rule = find_solver(how.solver).nfe
+    both = 1 + (how.guidance != 1 and not run.method.guidance_range)
     nfe = f"NFE {both * rule(how.steps, how.denoise)}" if rule else "NFE as it chooses"
     return f"{how.solver} with {how.steps} steps, {nfe}, seed {how.seed}"
 
@@ -247,7 +248,7 @@ def write_sheet(
         parts = torch.arange(how.n).split(how.batch)
         x = torch.cat([draw_part(run, how, index)["samples"] for index in parts])
         atomic_write(file, encode_png(tile_samples(x), describe_samples(run, how)))
-        way = describe_way(how)
+        way = describe_way(run, how)
         yield SampleEvent(0, 1, True, f"{how.n} samples of {run.name}, {way}, on {file}")
 
 
@@ -278,7 +279,7 @@ def write_samples(
         yield SampleEvent(number + 1, len(blocks), new, text if new else f"{text}, there already")
     world.all_reduce_max(0)  # now all parts are there
     if world.rank == 0:
-        way = describe_way(how)
+        way = describe_way(run, how)
         text = f"{how.n} samples of {run.name}, {way}, in {folder}"
         yield SampleEvent(0, len(blocks), False, text)
 

@@ -225,9 +225,8 @@ def reference_samples(run: Run, sampling: Sampling, count: int = FLOW_SAMPLES) -
     if root is None:
         return None, None
     if root.dir != run.network_run.dir:
-        head = getattr(run.method, "head", 1)
-        guidance = getattr(run.method, "guidance", 1.0)
-        sampling = dataclasses.replace(sampling, weights="ema", head=head, guidance=guidance)
+        taught = run.teacher_sampling(sampling.guidance)
+        sampling = dataclasses.replace(sampling, weights="ema", **taught)
     return root.name, reference_flow(root, sampling, count)[0]
 
 

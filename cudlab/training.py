@@ -8,7 +8,7 @@ __all__ = ['TrainEvent', 'format_time', 'format_step', 'format_params', 'Leg',
            'check_weights', 'step_event', 'log_step', 'prepare_leg', 'run_leg',
            'train_loop', 'explain_error', 'train']  # fmt: skip
 
-# %% ../nbs/36_training.ipynb #9673f79f
+# %% ../nbs/36_training.ipynb #ae539d8c
 import collections
 import contextlib
 import json
@@ -39,6 +39,7 @@ from .create import open_teacher
 from .disk import run_lock
 from .distributed import ProcessLost, World, get_world
 from .fit import Diverged, Objective, TrainStep, compute_dtype
+from .foreign import explain_gain
 from .jobs import (
     RunStatus,
     StopRequest,
@@ -58,7 +59,7 @@ from .run import Run
 class TrainEvent:
     "Something a training has to say; `str` is the line for a person."
 
-    kind: str  # start, prepare, step or done
+    kind: str  # start, data, note, prepare, step or done
     text: str = ""  # in words, of every kind but step
     step: int = 0  # steps done
     num_steps: int = 0  # of so many
@@ -371,6 +372,8 @@ def train_loop(
     yield TrainEvent("start", text, first, run.num_steps)
     if leg.data.source:
         yield TrainEvent("data", f"data: {leg.data.source}", first, run.num_steps)
+    if run.method.trains == "net" and (note := explain_gain(leg.objective.net)):
+        yield TrainEvent("note", note, first, run.num_steps)
     yield from prepare_leg(leg, stop)
     yield from run_leg(leg, stop, minutes, until)
     took = format_time(time.perf_counter() - leg.began)

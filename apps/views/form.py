@@ -37,13 +37,14 @@ def describe_cost(solver, by, amount, denoise=True, run="", label=ANY, guidance=
         form = SampleForm(
             solver=solver, by=by, amount=amount, denoise=denoise, label=label, guidance=guidance
         )
-        entry = pick_solver(form.solver, open_run(run) if run else None)
-        steps = count_steps(form, entry)
+        sampled = open_run(run) if run else None
+        entry = pick_solver(form.solver, sampled)
+        steps = count_steps(form, entry, sampled)
     except ValueError as e:
         return f"<p class='cost bad' role='status'>{error_line(e)}</p>"
     nfe = "NFE as needed"
     if entry.nfe:
-        nfe = f"{entry.nfe(steps, form.denoise) * (2 if form.is_guided else 1)} NFE"
+        nfe = f"{entry.nfe(steps, form.denoise) * (2 if form.is_guided(sampled) else 1)} NFE"
     order = f"order {entry.order:g}" if entry.order else "no order: it follows no ODE"
     kind = f"native grid {entry.grid}"
     if entry.ts:
@@ -68,8 +69,9 @@ def locked_values(solver: Solver, run: Run) -> dict:
         return locked
     locked |= dict(by="steps", lower_order_final="auto", denoise=True)
     if run.sampling_fixed:
+        names = {"steps": "amount", "grid": "grid", "guidance": "guidance"}
         fixed = run.sampling_fixed
-        return locked | dict(amount=fixed["steps"], grid=fixed["grid"], guidance=fixed["guidance"])
+        return locked | {names[key]: value for key, value in fixed.items() if key in names}
     return locked | dict(
         weights="ema",
         amount=len(solver.ts) - 1,
@@ -87,8 +89,10 @@ def update_locked(solver: Solver, run: Run, amount=None, wanted: dict = None) ->
     values = dict(wanted or {})
     if amount == 1 and "amount" not in locked:
         values.setdefault("amount", run.sampling_defaults["steps"])
+    if run.method.guidance_range:  # an input of the network, whose range may not hold 1
+        values.setdefault("guidance", run.sampling_defaults["guidance"])
     values |= locked
-    has_guidance = bool(class_choices(run)) and not run.sampling_fixed
+    has_guidance = bool(class_choices(run)) and "guidance" not in run.sampling_fixed
     more = {"head": dict(maximum=max(run.heads, 2)), "guidance": dict(visible=has_guidance)}
     updates = []
     for key in LOCKABLE:

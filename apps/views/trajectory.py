@@ -208,8 +208,7 @@ def reference_velocity(request: SampleRequest) -> tuple[str, Callable]:
     if root.dir == run.network_run.dir:
         choices = dict(weights=form.weights, head=form.head, guidance=form.guidance)
     else:
-        taught = dict(head=1, guidance=1.0)
-        choices = {key: getattr(run.method, key, usual) for key, usual in taught.items()}
+        choices = run.teacher_sampling(form.guidance)
     y = request.choices["y"] if root.config.classes else None
     labels = None if y is None else root.labels(y, form.count)
     velocity = root.velocity(y=labels, **choices)

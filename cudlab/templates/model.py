@@ -5,6 +5,7 @@ from diffusers.configuration_utils import register_to_config
 
 # diffusers brings along only the files that are imported here
 from .bundle import copy_code
+from .condition import Condition  # noqa: F401
 from .config import lookup  # noqa: F401
 from .net import make_network
 from .path import append_dims  # noqa: F401

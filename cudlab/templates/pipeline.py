@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # diffusers brings along only the files that are imported in this one
 from .bundle import copy_code
+from .condition import Condition  # noqa: F401
 from .config import lookup
 from .multistep import SOLVERS, iterate
 from .net import Velocity

@@ -63,8 +63,8 @@ def sample(net, noise, labels=None):
         if row["t"] is None:  # the last sum is the sample
             return x
         t, r = (np.full(len(x), row[key], np.float32) for key in ("t", "r"))
-        v = net(x=x, t=t, y=y, r=r)
-        if labels is not None and guidance != 1:
+        v = net(x=x, t=t, y=y, r=r, w=np.full(len(x), guidance))
+        if labels is not None and guidance != 1 and "w" not in CARD["inputs"]:
             free = net(x=x, t=t, y=no_class, r=r)
             v = free + guidance * (v - free)
         known.append(v)
