@@ -370,3 +370,41 @@ def test_prompts_that_make_no_sense_are_refused(name, lines, text, pipes, tmp_pa
     assert text in error_of(import_source, pipes[name][1], options)
     options.prompts = "missing.txt"
     assert "missing.txt" in error_of(import_source, pipes[name][1], options)
+
+
+# the explorer
+
+
+def test_every_view_shows_latents_as_pictures(runs):
+    import base64
+
+    from request import SampleForm, make_request
+    from views.compare import Column
+    from views.film import encode_gif, encode_png, start_film
+    from views.live import draw_samples_of
+
+    run = runs["sd_v"]
+    label, other = PROMPTS[1], PROMPTS[0]
+    form = SampleForm(run=run.name, solver="ddim", amount=3, count=4, label=label, guidance=2.0)
+    request = make_request(form)
+    walk = request.solve()
+    assert walk.nfe == 6 and walk.x.shape == (4, 4, 8, 8)
+    film = start_film(request).replay(walk)
+    film.add_signed("gap", [x - walk.x for x in walk.xs], walk.ts, 0)
+    head, *lines = (json.loads(line) for line in film.text.splitlines())
+    assert (head["c"], head["h"], head["w"]) == (3, 8, 8)
+    sizes = {}
+    for line in lines:
+        if "src" in line:
+            picture = Image.open(io.BytesIO(base64.b64decode(line["src"].partition(",")[2])))
+            assert picture.mode == "RGB"
+            sizes[line["k"], line["i"]] = picture.size
+    assert sizes["x", 0] == sizes["v", 0] == sizes["gap", 1] == (8, 4 * 8)
+    assert sizes["x", 3] == sizes["hat", 3] == (16, 4 * 16)
+    assert Image.open(io.BytesIO(encode_gif(walk, request.run))).n_frames == 4
+    assert Image.open(io.BytesIO(encode_png(walk, request.run))).width > 4 * 8
+    column = Column("A", make_request(SampleForm(run=run.name, count=4, amount=2, label=other)))
+    list(column.sample())
+    sheet = json.loads(column.picture())["src"].partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(sheet))).size == (2 * 16 + 1, 2 * 16 + 1)
+    assert "<img" in draw_samples_of(str(run.dir), run.step, ())
