@@ -233,7 +233,8 @@ def is_diffusers(path: Path) -> bool:
         named = "_class_name" in read_config(find_part(path) / "config.json")
     except ValueError:
         named = False
-    return named or (path / "model_index.json").is_file() and not (path / "card.json").is_file()
+    is_export = (path / "card.json").is_file()  # of the lab
+    return (named or (path / "model_index.json").is_file()) and not is_export
 
 
 def import_source(

@@ -292,7 +292,7 @@ def write_pipeline(export: Export, folder: Path) -> None:
     if not is_stock(export.graph.net):
         raise ValueError(
             f"to = 'diffusers-folder' needs a UNet2DModel, and the network from "
-            f"{told['from']!r} is a {told['class']}; use to=torch-export or to=onnx"
+            f"{told['from']!r} is of class {told['class']}; use to=torch-export or to=onnx"
         )
     if export.sampling["guidance"] != 1:
         raise ValueError(

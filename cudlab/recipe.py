@@ -151,9 +151,7 @@ class ExportModule(nn.Module):
         self.inputs = [name for name in wanted if wanted[name]]
         self.traced = getattr(getattr(net, "kind", None), "traced", None)
 
-    def velocity(
-        self, x: Tensor, t: Tensor, y: Tensor = None, r: Tensor = None, w: Tensor = None
-    ) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, y=None, r=None, w=None) -> Tensor:
         "What a solver calls; (B, *S)."
         r = w if self.is_told else r
         if self.head == 1:

@@ -216,10 +216,10 @@ def test_samples_are_kept_as_pictures(runs, tmp_path):
 
 @pytest.fixture
 def folder_of_pictures(tmp_path):
-    "Sixty-four small pictures in colour."
+    "Small pictures in colour."
     folder = tmp_path / "pictures"
     folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 255, (64, 16, 16, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (208, 16, 16, 3), dtype=np.uint8)
     for k, pixels in enumerate(noise):
         Image.fromarray(pixels).save(folder / f"{k}.png")
     return folder
@@ -232,10 +232,10 @@ def test_scores_are_those_of_the_pictures(pipes, runs, folder_of_pictures, monke
     assert "explains 48 pictures" in why or "explains nothing of 48 pictures" in why
     monkeypatch.setattr("cudlab.borrow.check_reading", lambda found, data: {})
     run = import_source(pipes["dit"][1], options).run
-    ways = ["--n", "16", "--solvers", "euler", "--nfes", "4", "--extractor", "pixels-8-rgb"]
+    ways = ["--n", "200", "--solvers", "euler", "--nfes", "1", "--extractor", "pixels-8-rgb"]
     assert main(["evaluate", run.name, *ways]) == 0
     score = Run.open("asked").scores[-1]
-    assert score["n"] == 16 and score["extractor"] == "pixels-8-rgb" and np.isfinite(score["fd"])
+    assert score["n"] == 200 and score["extractor"] == "pixels-8-rgb" and np.isfinite(score["fd"])
 
 
 def test_widgets_show_latents_as_pictures(runs):
