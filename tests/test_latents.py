@@ -219,7 +219,7 @@ def folder_of_pictures(tmp_path):
     "Small pictures in colour."
     folder = tmp_path / "pictures"
     folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 255, (208, 16, 16, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (240, 16, 16, 3), dtype=np.uint8)
     for k, pixels in enumerate(noise):
         Image.fromarray(pixels).save(folder / f"{k}.png")
     return folder
