@@ -170,7 +170,8 @@ def draw_eight(found: Found, sampling: dict, name: str) -> Tensor:
     "Eight samples by the run's own way, (8, *S); a `ValueError` where they are not finite."
     entry = find_solver(sampling["solver"])
     finite, top = entry.needs_finite_logsnr, found.reading.top
-    ts = make_grid(sampling["grid"], sampling["steps"], linear, finite, top=top)
+    how = sampling["grid"], sampling["steps"], linear, finite
+    ts = make_grid(*how, top=top, own_shift=found.reading.shift)
     y = torch.arange(8) % found.classes if found.classes else None
     layout = sampling_layout(found.shape)
     net = as_velocity(found).to(memory_format=layout)

@@ -292,7 +292,7 @@ class DODEOptions(Objective):
     )
 
     trains = "solver"
-    top = 1.0  # the largest time of the network
+    top, own_shift = 1.0, 0.0  # of the network, as in `make_grid`
     supervision = "teacher"
 
     def check(self, config: Config) -> None:
@@ -333,7 +333,8 @@ class DODESolver(DODEOptions):
     def make_times(self, path: Path) -> Tensor:
         "The grid of the solver, (moves + 1,)."
         finite = SOLVERS[self.base].needs_finite_logsnr
-        return make_grid(self.times, self.moves, path, finite, top=self.top)
+        own = dict(top=self.top, own_shift=self.own_shift)
+        return make_grid(self.times, self.moves, path, finite, **own)
 
     def numbers(self, path: Path, shape: tuple) -> Coefficients:
         "Room for the numbers of samples of this shape."
@@ -358,10 +359,10 @@ class DODESolver(DODEOptions):
         return learned_solver(base, lam, self.ts, self.path, **metadata)
 
     def make_solver(
-        self, numbers: Coefficients, path: Path, top: float = 1.0, **metadata
+        self, numbers: Coefficients, path: Path, top: float = 1.0, own_shift=0.0, **metadata
     ) -> Solver:
-        "The solver that a finished run holds, for a network that knows times up to `top`."
-        self.path, self.top = path, top
+        "The solver that a finished run holds, for a network with this `top` and `own_shift`."
+        self.path, self.top, self.own_shift = path, top, own_shift
         self.ts = self.make_times(path)
         source = f"D-ODE: {self.base} with {len(numbers.lam)} learned numbers (2309.16421)"
         return self.solver(numbers.lam.detach().cpu(), source=source, **metadata)
@@ -381,7 +382,7 @@ class DODECalibration(DODESolver):
         self, net: nn.Module, path: Path, steps: int, flow: Callable = None
     ) -> "DODECalibration":
         self.net, self.path, self.steps, self.flow = net, path, steps, flow
-        self.top = getattr(net, "top", 1.0)
+        self.top, self.own_shift = getattr(net, "top", 1.0), getattr(net, "own_shift", 0.0)
         self.ts = self.make_times(path)
         self.players = {"solver": self.numbers(path, net.shape)}
         self.ema, self.frozen = self.players, {}

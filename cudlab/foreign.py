@@ -123,6 +123,9 @@ class Reading(Options):
     unit: bool = option(False, "the network sees pictures in [0, 1]")
     clip: float = option(0.0, "range that x0_hat is clipped to; 0 = none", low=0)
     null: int = option(-1, "the label that means none; -1 = it was trained without one", low=-1)
+    shift: float = option(
+        0.0, "bend of grid `shifted` it is sampled with; 0 = the usual one", low=0, high=100
+    )
     low: float = option(0.0, "the smallest time it was trained at", low=0, high=1)
     top: float = option(1.0, "the largest time it was trained at", above=0, high=1)
 
@@ -198,7 +201,7 @@ class ForeignInner(nn.Module):
         self.inner, self.given = inner, given
         self.kind, self.reading, self.table = kind, reading, table
         self.shape, self.classes = tuple(shape), classes
-        self.top = reading.top
+        self.top, self.own_shift = reading.top, reading.shift
 
     def label(self, y: Tensor, count: int, device: torch.device) -> Tensor:
         "Labels as the network knows them, (B,); None where it knows none."

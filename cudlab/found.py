@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ODD_FOLDERS', 'DISTILLED', 'BorrowOptions', 'Found', 'read_config',
            'find_part', 'check_network', 'find_weights', 'range_of',
-           'read_scheduler', 'read_table', 'find_license', 'sample_shape',
-           'own_sampling', 'LabelSource', 'read_classes', 'read_texts', 'load_part',
-           'find_decoder', 'find_diffusers']  # fmt: skip
+           'read_scheduler', 'read_table', 'find_license', 'flow_shift',
+           'sample_shape', 'own_sampling', 'LabelSource', 'read_classes',
+           'read_texts', 'load_part', 'find_decoder', 'find_diffusers']  # fmt: skip
 
-# %% ../nbs/60_found.ipynb #6e6a42e0
+# %% ../nbs/60_found.ipynb #4adcab69
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -234,6 +235,21 @@ def find_license(folder: Path) -> str:
     return found[1].strip()[:80] if found else ""
 
 
+# %% ../nbs/60_found.ipynb #d292c0fc
+def flow_shift(
+    scheduler: dict,  # a scheduler_config.json
+    patches: int,  # in one sample
+) -> float:
+    "The bend of the grid that a flow is sampled on; 0 where the scheduler is none of a flow."
+    if "FlowMatch" not in str(scheduler.get("_class_name", "")):
+        return 0.0
+    if not scheduler.get("use_dynamic_shifting"):
+        return float(scheduler.get("shift", 1.0))
+    few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    return math.exp(low + (high - low) * (patches - few) / (many - few))  # 2403.03206
+
+
 # %% ../nbs/60_found.ipynb #24efd2db
 def sample_shape(config: dict, part: Path) -> tuple:
     "The shape of one sample, (C, H, W)."
@@ -244,10 +260,10 @@ def sample_shape(config: dict, part: Path) -> tuple:
     return config["in_channels"], *sides
 
 
-def own_sampling(reading: Reading, scheduler: dict) -> dict:
+def own_sampling(reading: Reading) -> dict:
     "How such a network is sampled where nobody says otherwise."
     if reading.output == "flow":
-        grid = "uniform" if scheduler.get("shift", 1) == 1 else "shifted"
+        grid = "uniform" if reading.shift == 1 else "shifted"
         return {"solver": "euler", "grid": grid}
     return {"solver": "edm-heun", "grid": "edm"} if reading.ask == "edm" else {}
 
@@ -379,7 +395,8 @@ def find_diffusers(folder: Path, options: BorrowOptions) -> Found:
         labels = read_texts(folder, index, kind, inner, size, options)
     else:
         labels = read_classes(config, index, options, kind)
-    reading = replace(reading, null=labels.null)
+    patches = shape[1] * shape[2] // config.get("patch_size", 1) ** 2
+    reading = replace(reading, null=labels.null, shift=flow_shift(scheduler, patches))
     if decoder:  # clipping is for pictures
         reading = replace(reading, clip=max(options.clip_sample, 0.0))
     return Found(
@@ -393,7 +410,7 @@ def find_diffusers(folder: Path, options: BorrowOptions) -> Found:
         table=table,
         given=labels.given,
         decoder=decoder,
-        sampling=own_sampling(reading, scheduler) | {"guidance": labels.guidance},
+        sampling=own_sampling(reading) | {"guidance": labels.guidance},
         files={str(f.relative_to(folder)): hash_file(f) for f in weights},
         license=options.license or find_license(folder),
         source=folder.name,

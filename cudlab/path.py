@@ -373,10 +373,13 @@ def make_grid(
     finite: bool = False,  # start where the log signal-to-noise ratio is finite
     denoise: bool = True,  # whether the last move goes to t = 0
     top: float = 1.0,  # the largest time that the network was trained at
+    own_shift: float = 0.0,  # the shift that the network is sampled with; 0 = the grid's usual one
     **options,  # rho, sigma_max, sigma_min, shift
 ) -> Tensor:
     "A decreasing row of times from (near) `top` to 0, float32, (steps + 1,)."
     grid_fn = lookup("grid", name, GRIDS)
+    if own_shift and grid_fn is shifted_grid:
+        options = {"shift": own_shift} | options
     check_grid(name, steps, path, denoise, options)
     ts = grid_fn(steps, path, denoise, top, **options)
     if finite and path.alpha(ts[0]) < 1e-6:

@@ -124,7 +124,7 @@ def without_grad(states: Iterator) -> Iterator:
         yield state
 
 
-# %% ../nbs/33_run.ipynb #e72079a6
+# %% ../nbs/33_run.ipynb #f6cd67ea
 class RunSampling(RunPictures):
     "A run as something to sample: its own way, and what is possible."
 
@@ -170,7 +170,8 @@ class RunSampling(RunPictures):
         bound = dict(head=self.method.head, guidance=self.method.guidance)
         bound |= dict(denoise=True, lower_order_final=None, numbers=self.network_hash())
         made_for = self.info["teacher"] | bound
-        return self.method.make_solver(numbers, self.path, self.top, made_for=made_for)
+        own = self.top, self.own_shift
+        return self.method.make_solver(numbers, self.path, *own, made_for=made_for)
 
     def labels(self, y, count: int) -> Tensor:
         "Class labels for `count` samples, (count,)."
@@ -197,14 +198,24 @@ def usual_sampling(
     return own | ({"steps": len(entry.ts) - 1, "grid": entry.grid} if entry.ts else {})
 
 
-# %% ../nbs/33_run.ipynb #4f48ea58
+# %% ../nbs/33_run.ipynb #54b61655
 class RunWalk(RunSampling):
     "A run as a walk from noise to samples."
 
     @property
     def top(self) -> float:
         "The largest time that the network was trained at, where sampling starts."
-        return self.network_run.info.get("foreign", {}).get("reading", {}).get("top", 1.0)
+        return self.own_reading.get("top", 1.0)
+
+    @property
+    def own_shift(self) -> float:
+        "The bend of grid `shifted` that the network is sampled with; 0 = the usual one."
+        return self.own_reading.get("shift", 0.0)
+
+    @property
+    def own_reading(self) -> dict:
+        "How a network from elsewhere is read; empty for the lab's own."
+        return self.network_run.info.get("foreign", {}).get("reading", {})
 
     def iterate(
         self,
@@ -239,7 +250,7 @@ class RunWalk(RunSampling):
             index = torch.arange(check_int("index", index, 1, 100_000))
         kind = entry.grid if use["grid"] == NATIVE else use["grid"]
         finite = entry.needs_finite_logsnr
-        ts = time_grid(kind, steps, self.path, finite, denoise, self.top)
+        ts = time_grid(kind, steps, self.path, finite, denoise, self.top, self.own_shift)
         if entry.made_for:
             made = dict(head=head, guidance=use["guidance"], denoise=denoise)
             made["network"] = self.network_run.network_hash(weights)

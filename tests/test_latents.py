@@ -4,7 +4,10 @@ come, against the pipelines of diffusers; prompts as classes; latents shown as p
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +122,30 @@ def test_samples_are_those_of_the_flow_pipeline(shift, pipes, runs):
     walk = solve(f, eps, pipe.scheduler.sigmas, "euler")
     assert walk.nfe == 20
     assert_close(walk.x, x, rtol=0, atol=1e-5 * x.abs().max().item())
+
+
+def test_a_flow_is_sampled_on_its_own_bend(pipes, runs, tmp_path):
+    assert runs["stable_diffusion_3"].own_shift == 3 and runs["sd_v"].own_shift == 0
+    folder = tmp_path / "five"
+    shutil.copytree(pipes["stable_diffusion_3"][1], folder)
+    (tmp_path / "p.txt").write_text("a cat")
+    dynamic = dict(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.2)
+    even = torch.linspace(1, 0.1, 10)
+    for config in (dict(shift=5.0), dynamic):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+        scheduler.save_pretrained(folder / "scheduler")
+        name = f"bent-{len(config)}"
+        run = import_source(folder, SourceOptions(name=name, prompts=str(tmp_path / "p.txt"))).run
+        assert run.sampling_defaults["grid"] == "shifted"
+        mu = 0.4 + 0.8 * (64 - 256) / (4096 - 256)  # of 64 patches
+        scheduler.set_timesteps(sigmas=even.tolist(), mu=mu if len(config) > 1 else None)
+        walk = run.solve(index=1, y=0, device="cpu")
+        assert_close(walk.ts, scheduler.sigmas, rtol=0, atol=1e-6)
+        args = dict(teacher=name, base="euler", moves=4, grid="shifted", batches=1, samples=2)
+        fitted = create_run(Config(method="dode", args=args, data="none", classes=True), f"d{name}")
+        list(train(fitted))
+        ts = Run.open(f"d{name}").solve(index=1, y=0, device="cpu").ts
+        assert_close(ts, run.solve(index=1, y=0, steps=4, device="cpu").ts)
 
 
 def test_classes_with_a_learned_variance_are_those_of_the_pipeline(pipes, runs):
@@ -408,3 +435,42 @@ def test_every_view_shows_latents_as_pictures(runs):
     sheet = json.loads(column.picture())["src"].partition(",")[2]
     assert Image.open(io.BytesIO(base64.b64decode(sheet))).size == (2 * 16 + 1, 2 * 16 + 1)
     assert "<img" in draw_samples_of(str(run.dir), run.step, ())
+
+
+# a large one
+
+
+@pytest.mark.long
+def test_two_gigabytes_are_taken_in_part_by_part(tmp_path):
+    folder, runs = tmp_path / "large", tmp_path / "runs"
+    net = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(1024, 1536),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=2,
+    )
+    size = sum(p.nbytes for p in net.parameters())
+    assert size > 1.9e9
+    net.save_pretrained(folder / "unet", max_shard_size="500MB")
+    diffusers.DDPMScheduler().save_pretrained(folder / "scheduler")
+    del net
+    program = (
+        "import resource, sys; from cudlab.borrow import SourceOptions, import_source; "
+        "from cudlab.run import Run; import diffusers, torch; diffusers.UNet2DModel; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; first = peak(); "
+        "import_source(sys.argv[1], SourceOptions(name='large')); print(peak() - first); "
+        "x = Run.open('large').sample(index=1, steps=1, solver='euler').x; print(peak() - first)"
+    )
+    env = os.environ | {"CUDLAB_RUNS_PATH": str(runs), "CUDLAB_DEVICE": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported, sampled = map(int, done.stdout.split()[-2:])
+    print(
+        f"{size / 2**20:.0f} MB: {imported / 2**20:.0f} for the import, {sampled / 2**20:.0f} in all"
+    )
+    assert imported < size + 500e6 + 300e6 and sampled < size + 500e6 + 300e6
