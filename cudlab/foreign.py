@@ -262,7 +262,7 @@ class ForeignVelocity(ForeignInner):
         reading = self.reading
         t = t if t.device.type == "mps" else t.double()
         at = t.clamp(reading.low, reading.top)
-        shrink = append_dims(at / t.maximum(at), x).to(x)
+        shrink = append_dims(reading.top / t.clamp(min=reading.top), x).to(x)
         v = self.velocity(x * shrink, at, y, r)
         length, known = (append_dims(time, x).to(x) for time in (t.maximum(at), at))
         if reading.top < 1:

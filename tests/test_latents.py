@@ -141,11 +141,19 @@ def test_a_flow_is_sampled_on_its_own_bend(pipes, runs, tmp_path):
         scheduler.set_timesteps(sigmas=even.tolist(), mu=mu if len(config) > 1 else None)
         walk = run.solve(index=1, y=0, device="cpu")
         assert_close(walk.ts, scheduler.sigmas, rtol=0, atol=1e-6)
-        args = dict(teacher=name, base="euler", moves=4, grid="shifted", batches=1, samples=2)
+        args = dict(teacher=name, base="euler", moves=4, grid="shifted", batches=1, samples=16)
         fitted = create_run(Config(method="dode", args=args, data="none", classes=True), f"d{name}")
         list(train(fitted))
         ts = Run.open(f"d{name}").solve(index=1, y=0, device="cpu").ts
         assert_close(ts, run.solve(index=1, y=0, steps=4, device="cpu").ts)
+
+
+def test_a_flow_has_a_velocity_at_both_ends(runs):
+    run = runs["stable_diffusion_3"]
+    f, x = run.velocity(y=torch.tensor([0]), device="cpu"), draw_noise(0, 1, run.shape)
+    for t in (0.0, 1e-7, 0.5, 1.0):
+        assert torch.isfinite(f(x, torch.tensor([t]))).all(), t
+    assert run.sample(index=1, y=0, solver="heun", steps=3, device="cpu").nfe == 12
 
 
 def test_classes_with_a_learned_variance_are_those_of_the_pipeline(pipes, runs):
@@ -470,7 +478,5 @@ def test_two_gigabytes_are_taken_in_part_by_part(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     imported, sampled = map(int, done.stdout.split()[-2:])
-    print(
-        f"{size / 2**20:.0f} MB: {imported / 2**20:.0f} for the import, {sampled / 2**20:.0f} in all"
-    )
+    print([f"{n / 2**20:.0f} MB" for n in (size, imported, sampled)])
     assert imported < size + 500e6 + 300e6 and sampled < size + 500e6 + 300e6
