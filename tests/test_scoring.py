@@ -53,6 +53,13 @@ class Exact:
     def check_sampling(self, **choices):
         pass
 
+    @property
+    def picture_shape(self):
+        return self.shape
+
+    def pictures(self, x):
+        return x
+
     def iterate(self, seed, index, steps, solver, grid, y, **choices):
         self.asked.append((index, y))
         return iterate(self.flow, draw_noise(seed, index, (2,)), make_grid(grid, steps), solver)
