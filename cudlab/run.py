@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['find_solver', 'check_made_for', 'check_made_on', 'check_guidance',
-           'check_finite', 'without_grad', 'RunSampling', 'usual_sampling',
-           'RunWalk', 'Run']  # fmt: skip
+           'check_finite', 'without_grad', 'RunTimes', 'RunSampling',
+           'usual_sampling', 'RunWalk', 'Run']  # fmt: skip
 
 # %% ../nbs/33_run.ipynb #99718c1a
 from collections import deque
@@ -124,8 +124,28 @@ def without_grad(states: Iterator) -> Iterator:
         yield state
 
 
+# %% ../nbs/33_run.ipynb #8e20d754
+class RunTimes(RunPictures):
+    "A run as the times that its network knows."
+
+    @property
+    def own_reading(self) -> dict:
+        "How a network from elsewhere is read; empty for the lab's own."
+        return self.network_run.info.get("foreign", {}).get("reading", {})
+
+    @property
+    def top(self) -> float:
+        "The largest time that the network was trained at, where sampling starts."
+        return self.own_reading.get("top", 1.0)
+
+    @property
+    def own_shift(self) -> float:
+        "The bend of grid `shifted` that the network is sampled with; 0 = the usual one."
+        return self.own_reading.get("shift", 0.0)
+
+
 # %% ../nbs/33_run.ipynb #f6cd67ea
-class RunSampling(RunPictures):
+class RunSampling(RunTimes):
     "A run as something to sample: its own way, and what is possible."
 
     @property
@@ -169,8 +189,7 @@ class RunSampling(RunPictures):
         self.load("ema", {"solver": numbers})
         bound = dict(head=self.method.head, guidance=self.method.guidance)
         bound |= dict(denoise=True, lower_order_final=None, numbers=self.network_hash())
-        made_for = self.info["teacher"] | bound
-        own = self.top, self.own_shift
+        own, made_for = (self.top, self.own_shift), self.info["teacher"] | bound
         return self.method.make_solver(numbers, self.path, *own, made_for=made_for)
 
     def labels(self, y, count: int) -> Tensor:
@@ -201,21 +220,6 @@ def usual_sampling(
 # %% ../nbs/33_run.ipynb #54b61655
 class RunWalk(RunSampling):
     "A run as a walk from noise to samples."
-
-    @property
-    def top(self) -> float:
-        "The largest time that the network was trained at, where sampling starts."
-        return self.own_reading.get("top", 1.0)
-
-    @property
-    def own_shift(self) -> float:
-        "The bend of grid `shifted` that the network is sampled with; 0 = the usual one."
-        return self.own_reading.get("shift", 0.0)
-
-    @property
-    def own_reading(self) -> dict:
-        "How a network from elsewhere is read; empty for the lab's own."
-        return self.network_run.info.get("foreign", {}).get("reading", {})
 
     def iterate(
         self,
