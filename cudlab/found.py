@@ -328,7 +328,7 @@ def load_part(
 ) -> nn.Module:
     "A part of a folder with its weights, as float32."
     diffusers = import_optional("diffusers", f"network = {name!r}", "pip install diffusers")
-    with quiet_loading():
+    with quiet_loading("diffusers"):
         return getattr(diffusers, name).from_pretrained(
             part,
             use_safetensors=True,

@@ -106,12 +106,13 @@ def list_text_parts(
 
 # %% ../nbs/26_prompts.ipynb #6f243801
 @contextmanager
-def quiet_loading():
-    "diffusers and transformers without their remarks and bars."
-    hint = "pip install diffusers transformers"
+def quiet_loading(
+    *packages: str,  # diffusers, transformers
+):
+    "What is loaded with these packages comes without their remarks and bars."
+    hint = f"pip install {' '.join(packages)}"
     loggers = [
-        import_optional(f"{package}.utils.logging", "a network of texts", hint)
-        for package in ("diffusers", "transformers")
+        import_optional(f"{package}.utils.logging", "such a network", hint) for package in packages
     ]
     levels = [logger.get_verbosity() for logger in loggers]
     try:
@@ -137,7 +138,7 @@ def open_encoders(
     network = "transformer" if "transformer" in index else "unet"
     left = {name: None for name, part in index.items() if isinstance(part, list)}
     left = {name: None for name in left if name not in parts} | {network: inner}
-    with quiet_loading():
+    with quiet_loading("diffusers", "transformers"):
         try:
             return getattr(diffusers, index["_class_name"]).from_pretrained(
                 folder,
