@@ -1,5 +1,5 @@
-"""What `solve` and the run around it cost beyond the bare network calls, and how long the package
-takes to import.
+"""What `solve` and the run around it cost beyond the bare network calls, what it costs to read a
+network from elsewhere as a velocity, and how long the package takes to import.
 """
 
 import statistics
@@ -8,11 +8,15 @@ import sys
 import time
 
 import torch
+from diffusers import UNet2DModel
 
+from cudlab.borrowed import wrap_network
 from cudlab.config import set_threads
+from cudlab.foreign import Reading
 from cudlab.net import Velocity, make_network
 from cudlab.path import make_grid
 from cudlab.rng import draw_noise
+from cudlab.schedule import NoiseTable, kept_variance
 from cudlab.solver import SOLVERS, solve
 
 
@@ -53,6 +57,30 @@ def overhead(
             )
 
 
+def reading(batch: int = 16, rounds: int = 25) -> None:
+    "Ratio of a UNet2DModel read as a velocity to the bare one, measured in turn."
+    torch.manual_seed(0)
+    bare = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    told = {"num_train_timesteps": 1000, "beta_schedule": "linear"}
+    low, top = NoiseTable(kept_variance(told)).ends
+    net = wrap_network(bare, "UNet2DModel", Reading(low=low, top=top), (3, 32, 32), table=told)
+    x, t = draw_noise(0, batch, (3, 32, 32)), torch.full((batch,), 0.5)
+    row = torch.full((batch,), 300)
+    with torch.no_grad():
+        ratios = sorted(
+            seconds(lambda: net(x, t)) / seconds(lambda: bare(x, row)) for _ in range(rounds)
+        )
+    print(
+        f"read as a velocity: {statistics.median(ratios):.3f} x a bare UNet2DModel, batch {batch} "
+        f"(quartiles {ratios[rounds // 4]:.3f} to {ratios[3 * rounds // 4]:.3f})"
+    )
+
+
 def run_once(code: str) -> float:
     "The number that a fresh process prints."
     command = [sys.executable, "-c", code]
@@ -80,4 +108,5 @@ if __name__ == "__main__":
         tuple(name for name, entry in SOLVERS.items() if entry.nfe and entry.nfe(9) == 9),
         rounds=5,
     )
+    reading()
     imports()
